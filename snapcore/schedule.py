@@ -1,0 +1,393 @@
+"""Step -> learning rate, and when snapshots are due: the one place where the formula is written.
+
+A schedule is a frozen value. `schedule(step)` evaluates it with Python's own arithmetic;
+`schedule.bind(ops)` gives the same function over any framework's operations, traced or vectorised.
+Cycles are found in integer arithmetic, so neither rounding nor a float32 step counter shifts one.
+
+Steps count optimizer updates that are already done (0-based); the paper's t is `step + 1`.
+Only the standard library is imported here.
+"""
+
+import functools
+import math
+import operator
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Any, Literal, Protocol, get_args
+
+from snapcore.errors import CycleWarning, ScheduleError
+
+Remainder = Literal["paper", "even"]
+
+_ANNEALED = 0.01  # a member taken above this share of the peak was not taken at the end of an annealing
+_SHORTEST_ANNEALED = 16  # the shortest cycle whose last rate, sin²(π/2L) of the peak, is within that share
+
+
+class Ops(Protocol):
+    """The handful of operations a schedule is made of; `step` may be whatever they accept."""
+
+    # ruff: noqa: D102
+    @property
+    def cos(self) -> Callable[..., Any]: ...
+    @property
+    def where(self) -> Callable[..., Any]: ...
+    @property
+    def minimum(self) -> Callable[..., Any]: ...
+    @property
+    def mod(self) -> Callable[..., Any]: ...
+    @property
+    def real(self) -> Callable[..., Any]: ...
+
+
+class _Python:
+    cos = staticmethod(math.cos)
+    where = staticmethod(lambda condition, yes, no: yes if condition else no)
+    minimum = staticmethod(min)
+    mod = staticmethod(operator.mod)
+    real = staticmethod(float)
+
+
+class Schedule:
+    """What every schedule can do; a subclass says `_formula`, `cycle_at` and `cycle_starts`."""
+
+    lr: float
+    steps: int
+
+    def __call__(self, step: int) -> float:
+        """Return the rate of the update about to be done after `step` updates.
+
+        Arguments:
+            step: updates done so far, 0 or more; `step >= self.steps` holds the last rate.
+
+        Raises:
+            ScheduleError: `step` is negative or no integer.
+        """
+        return self._rate(min(_update_count(step), self.steps - 1))  # type: ignore[no-any-return]
+
+    def lr_at(self, t: int) -> float:
+        """Return the rate of iteration `t` as the paper counts, from 1: `self(t - 1)`."""
+        return self(operator.index(t) - 1)
+
+    def bind(self, ops: Ops) -> Callable[[Any], Any]:
+        """Return the function step -> rate over `ops`, clamped to 0..steps-1.
+
+        Branches that the values rule out are left out of the function, so its size depends neither on
+        the number of cycles nor on options that are not used.
+
+        Arguments:
+            ops: holds `cos`, `where(condition, yes, no)`, `minimum`, `mod` (on integers) and `real` (an
+                integer as the framework's floating type).
+
+        Example:
+            >>> import numpy as np
+            >>> from types import SimpleNamespace
+            >>> ops = SimpleNamespace(cos=np.cos, where=np.where, minimum=np.minimum, mod=np.mod, real=np.float64)
+            >>> rates = CosineCycles(lr=0.2, steps=300, cycles=6).bind(ops)(np.arange(300))
+            >>> float(rates[50]), float(rates[75])
+            (0.2, 0.1)
+        """
+        rate, minimum, last = self._formula(ops), ops.minimum, self.steps - 1
+        return lambda step: rate(minimum(-minimum(-step, 0), last))
+
+    def cycle_at(self, step: int) -> int:
+        """Return the 0-based cycle that update number `step` belongs to; 0 during warm-up."""
+        raise NotImplementedError
+
+    @property
+    def cycle_starts(self) -> tuple[int, ...]:
+        """The step at which each cycle begins."""
+        raise NotImplementedError
+
+    @property
+    def cycle_lengths(self) -> tuple[int, ...]:
+        """The updates in each cycle."""
+        return tuple(map(operator.sub, self.snapshot_steps, self.cycle_starts))
+
+    @functools.cached_property
+    def snapshot_steps(self) -> tuple[int, ...]:
+        """The updates done when each snapshot is due: the end of each cycle, before the rate jumps."""
+        return (*self.cycle_starts[1:], self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the schedule as plain JSON, for `schedule_from_dict`."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values}
+        return {"kind": type(self).__name__, **plain}
+
+    @functools.cached_property
+    def _rate(self) -> Callable[[Any], Any]:
+        return self._formula(_Python())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    def _set(self, **values: object) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _formula(self, ops: Ops) -> Callable[[Any], Any]:
+        raise NotImplementedError
+
+    def _check(self) -> None:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CosineCycles(Schedule):
+    """Anneal the rate along M cosine cycles, each from `lr` down to just above `lr_min`.
+
+    Equation 2 of the paper, with α0 = `lr`, T = `steps`, M = `cycles` and L = ⌈T/M⌉:
+
+        α(t) = α0/2 · (cos(π · mod(t−1, L) / L) + 1),   t = step + 1
+
+    With a floor, α(t) = lr_min + (lr − lr_min)/2 · (cos(…) + 1). With W = `warmup_steps`, the rate
+    first climbs as lr·(k+1)/(W+1) for k < W, and the M cycles share the other T − W updates.
+
+    Arguments:
+        lr: the rate every cycle starts at, finite and above 0.
+        steps: optimizer updates in all, the warm-up included; 1 or more.
+        cycles: M, 1 … steps − warmup_steps.
+        lr_min: the rate a cycle anneals towards, 0 … lr.
+        warmup_steps: updates of linear warm-up before the first cycle; 0 … steps − 1.
+        remainder: what happens when M does not divide the updates. `"paper"` keeps the ceiling, so
+            the last cycle is cut short; `"even"` makes exactly M cycles whose lengths differ by at
+            most one, the longer ones first.
+
+    Raises:
+        ScheduleError: a value outside the ranges above.
+
+    Warns:
+        CycleWarning: under `"paper"`, when a cycle is missing or the last rate is above lr_min + 1 %
+            of (lr − lr_min), so that the last member is not taken at the end of an annealing.
+
+    Example:
+        >>> cycles = CosineCycles(lr=0.2, steps=300, cycles=6)
+        >>> cycles(0), cycles.lr_at(1), cycles(25)
+        (0.2, 0.2, 0.1)
+        >>> cycles.snapshot_steps
+        (50, 100, 150, 200, 250, 300)
+
+    Source: Huang et al., Snapshot Ensembles: Train 1, Get M for Free, ICLR 2017, equation 2.
+    """
+
+    lr: float
+    steps: int
+    cycles: int
+    _: KW_ONLY
+    lr_min: float = 0.0
+    warmup_steps: int = 0
+    remainder: Remainder = "paper"
+
+    def __post_init__(self) -> None:
+        self._check()
+        if self.remainder == "paper":
+            self._warn_unless_annealed()
+
+    def _formula(self, ops: Ops) -> Callable[[Any], Any]:
+        where, mod, real = ops.where, ops.mod, ops.real
+        warmup, lr, pi = self.warmup_steps, self.lr, math.pi
+        long, short, split = self._layout
+        one_length = split == self.steps - warmup
+        floor, half = self.lr_min, (self.lr - self.lr_min) / 2
+
+        def annealed(k: Any) -> Any:
+            angle = pi * real(mod(k, long)) / long
+            if not one_length:
+                angle = where(k < split, angle, pi * real(mod(k - split, short)) / short)
+            return floor + half * (ops.cos(angle) + 1)
+
+        def rate(step: Any) -> Any:
+            return where(step < warmup, lr * real(step + 1) / (warmup + 1), annealed(step - warmup))
+
+        return rate if warmup else annealed
+
+    def cycle_at(self, step: int) -> int:
+        """Return the 0-based cycle that update number `step` belongs to; 0 during warm-up.
+
+        Raises:
+            ScheduleError: `step` is negative or no integer.
+        """
+        long, short, split = self._layout
+        k = min(_update_count(step), self.steps - 1) - self.warmup_steps
+        return max(k, 0) // long if k < split else split // long + (k - split) // short
+
+    @functools.cached_property
+    def cycle_starts(self) -> tuple[int, ...]:
+        """The step at which each cycle begins; the first is `warmup_steps`."""
+        long, short, split = self._layout
+        begin, middle = self.warmup_steps, self.warmup_steps + split
+        return (*range(begin, middle, long), *range(middle, self.steps, short))
+
+    @functools.cached_property
+    def _layout(self) -> tuple[int, int, int]:
+        """Cycles of `long` updates fill the first `split` updates after the warm-up; of `short`, the rest."""
+        updates = self.steps - self.warmup_steps
+        short, longer = divmod(updates, self.cycles)
+        long = short + (longer > 0)
+        return long, short, updates if self.remainder == "paper" or not longer else longer * long
+
+    def _check(self) -> None:
+        lr, lr_min = _rate_value("lr", self.lr), _rate_value("lr_min", self.lr_min)
+        steps, cycles = _whole("steps", self.steps), _whole("cycles", self.cycles)
+        warmup = _whole("warmup_steps", self.warmup_steps)
+        _require(lr > 0, f"lr must be above 0, got {lr}")
+        _require(lr_min <= lr, f"lr_min must be in 0..lr={lr}, got {lr_min}")
+        _require(steps >= 1, f"steps must be 1 or more, got {steps}: count optimizer updates, epochs * len(loader)")
+        _require(0 <= warmup < steps, f"warmup_steps must be in 0..steps-1={steps - 1}, got {warmup}")
+        room = f"steps={steps}" if warmup == 0 else f"steps-warmup_steps={steps - warmup}"
+        _require(1 <= cycles <= steps - warmup, f"cycles must be in 1..{room}, got {cycles}")
+        choices = get_args(Remainder)
+        _require(self.remainder in choices, f"remainder must be one of {choices}, got {self.remainder!r}")
+        self._set(lr=lr, lr_min=lr_min, steps=steps, cycles=cycles, warmup_steps=warmup)
+
+    def _warn_unless_annealed(self) -> None:
+        made, long = len(self.cycle_lengths), self._layout[0]
+        span = self.lr - self.lr_min
+        left = (self(self.steps - 1) - self.lr_min) / span if span else 0.0
+        if made == self.cycles and left <= _ANNEALED:
+            return
+        facts = f"only {made} of the {self.cycles} cycles take place, and " if made < self.cycles else ""
+        even = "" if long < _SHORTEST_ANNEALED else ', or pass remainder="even"'
+        warnings.warn(
+            f"steps={self.steps} does not fit {self.cycles} cycles: {facts}the last one, {self.cycle_lengths[-1]} of "
+            f"{long} updates, ends {left:.0%} above lr_min; the nearest steps that fit are {self._nearest_fit()}{even}",
+            CycleWarning,
+            stacklevel=4,
+        )
+
+    def _nearest_fit(self) -> int:
+        updates = self.steps - self.warmup_steps
+        start = max(updates, _SHORTEST_ANNEALED * self.cycles)
+        near = (max(start + side * d, 1) for d in range(self.cycles + 1) for side in (-1, 1))
+        return self.warmup_steps + next(n for n in near if self._fits(n))
+
+    def _fits(self, updates: int) -> bool:
+        long = -(-updates // self.cycles)
+        made = -(-updates // long)
+        final = updates - (made - 1) * long
+        return made == self.cycles and (math.cos(math.pi * (final - 1) / long) + 1) / 2 <= _ANNEALED
+
+
+@dataclass(frozen=True)
+class StepDecay(Schedule):
+    """Hold the rate and multiply it by `factor` at each milestone: the paper's standard schedule.
+
+    The rate is lr · factor^k once `step >= ceil(milestone_k · steps)`. Snapshot k is due at
+    ceil(k · steps / snapshots), which is what the paper's NoCycle ensemble takes.
+
+    Arguments:
+        lr: the first rate, finite and above 0.
+        steps: optimizer updates in all, 1 or more.
+        milestones: shares of the training, each in 0 … 1, not descending.
+        factor: what the rate is multiplied by, above 0.
+        snapshots: how many, equally spaced, the last at the end; 1 … steps.
+
+    Raises:
+        ScheduleError: a value outside the ranges above.
+
+    Example:
+        >>> decay = StepDecay(lr=0.1, steps=300, snapshots=6)
+        >>> [round(decay(step), 6) for step in (0, 149, 150, 225)]
+        [0.1, 0.1, 0.01, 0.001]
+
+    Source: Huang et al., Snapshot Ensembles: Train 1, Get M for Free, ICLR 2017, section 4.
+    """
+
+    lr: float
+    steps: int
+    _: KW_ONLY
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    factor: float = 0.1
+    snapshots: int = 1
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    def _formula(self, ops: Ops) -> Callable[[Any], Any]:
+        # Rounding first: 0.07 · 100 is 7, though floating point makes it 7.000000000000001.
+        boundaries = [math.ceil(round(share * self.steps, 6)) for share in self.milestones]
+        rates = [self.lr * self.factor**k for k in range(len(boundaries) + 1)]
+
+        def rate(step: Any) -> Any:
+            value = ops.where(step < self.steps, rates[-1], rates[-1])  # a traced value, milestones or none
+            for boundary, before in zip(reversed(boundaries), reversed(rates[:-1]), strict=True):
+                value = ops.where(step < boundary, before, value)
+            return value
+
+        return rate
+
+    def cycle_at(self, step: int) -> int:
+        """Return the 0-based stretch between snapshots that update number `step` belongs to.
+
+        Raises:
+            ScheduleError: `step` is negative or no integer.
+        """
+        return min(_update_count(step), self.steps - 1) * self.snapshots // self.steps
+
+    @functools.cached_property
+    def cycle_starts(self) -> tuple[int, ...]:
+        """The step at which each stretch between snapshots begins."""
+        return tuple(-(-k * self.steps // self.snapshots) for k in range(self.snapshots))
+
+    def _check(self) -> None:
+        lr, factor = _rate_value("lr", self.lr), _rate_value("factor", self.factor)
+        steps, snapshots = _whole("steps", self.steps), _whole("snapshots", self.snapshots)
+        milestones = tuple(_rate_value("milestones", share) for share in self.milestones)
+        _require(lr > 0, f"lr must be above 0, got {lr}")
+        _require(factor > 0, f"factor must be above 0, got {factor}")
+        _require(steps >= 1, f"steps must be 1 or more, got {steps}: count optimizer updates, epochs * len(loader)")
+        _require(1 <= snapshots <= steps, f"snapshots must be in 1..steps={steps}, got {snapshots}")
+        ascending = all(a <= b for a, b in zip((0.0, *milestones), (*milestones, 1.0), strict=True))
+        _require(ascending, f"milestones must be shares in 0..1, not descending, got {milestones}")
+        self._set(lr=lr, factor=factor, steps=steps, snapshots=snapshots, milestones=milestones)
+
+
+def schedule_from_dict(values: Mapping[str, Any]) -> Schedule:
+    """Return the schedule that `to_dict` described; it does not warn again.
+
+    Raises:
+        ScheduleError: an unknown kind, a missing or unknown name, or a value out of range.
+
+    Example:
+        >>> schedule_from_dict(StepDecay(lr=0.1, steps=4).to_dict()) == StepDecay(lr=0.1, steps=4)
+        True
+    """
+    kinds: dict[Any, type[Schedule]] = {kind.__name__: kind for kind in (CosineCycles, StepDecay)}
+    kind = values.get("kind")
+    _require(isinstance(kind, str) and kind in kinds, f"kind must be one of {sorted(kinds)}, got {kind!r}")
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name != "kind"}
+    names = {field.name for field in fields(kinds[kind])}  # type: ignore[arg-type]
+    _require(given.keys() == names, f"{kind} takes {sorted(names)}, got {sorted(given)}")
+    schedule = object.__new__(kinds[kind])
+    schedule._set(**given)
+    schedule._check()
+    return schedule
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ScheduleError(message)
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ScheduleError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _update_count(step: Any) -> int:
+    count = _whole("step", step)
+    if count < 0:
+        raise ScheduleError(f"step counts the updates done, 0 or more, got {count}")
+    return count
+
+
+def _rate_value(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ScheduleError(f"{name} must be a number, got {value!r}") from None
+    _require(math.isfinite(number) and number >= 0, f"{name} must be finite and not negative, got {number}")
+    return number
