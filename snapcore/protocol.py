@@ -1,0 +1,364 @@
+"""A method is data, and a cursor walks it.
+
+A `Program` is two values: a schedule (the rate of every update, and when snapshots are due) and what
+happens between members. Read as a sequence it lists four kinds of instruction; a `Cursor` walks it one
+update, or many, at a time and says what is due. Nothing here touches a tensor, and one time axis is used
+throughout: `step` counts optimizer updates, from 0, and only goes up.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, cast, get_args, overload
+
+from snapcore.errors import ProtocolError
+from snapcore.schedule import CosineCycles, Schedule, StepDecay, schedule_from_dict
+
+Source = Literal["previous", "first", "fresh"]
+OptimizerState = Literal["keep", "reset"]
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """Do updates `start … stop − 1` natively, each at the rate `schedule(step)`."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Copy the weights now: after the last update of a cycle, before the rate jumps.
+
+    `index` counts members from 1; `step` is the updates done and `due` the updates at which it was due,
+    equal unless the snapshot is late; `lr` is the rate of the last update, `schedule(step - 1)`; `cycle`
+    is 0-based; `unfinished` marks a member taken because training ended before its cycle did.
+    """
+
+    index: int
+    step: int
+    due: int
+    lr: float
+    cycle: int
+    unfinished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Go on from other weights: the `previous` ones, those of the `first` snapshot, or `fresh` ones.
+
+    `optimizer` says whether its moments are kept or reset; its count of updates never is.
+    """
+
+    source: Source
+    optimizer: OptimizerState
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("source", self.source, get_args(Source)),
+            ("optimizer", self.optimizer, get_args(OptimizerState)),
+        ):
+            if value not in choices:
+                raise ProtocolError(f"{name} must be one of {choices}, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Finished, and why."""
+
+    reason: str
+
+
+Instruction = Train | Snapshot | Restart | Stop
+Event = Snapshot | Restart | Stop
+
+NOTHING = Restart("previous", "keep")
+"""Between members nothing happens: an instruction that does nothing, and so is never emitted."""
+
+FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Program(Sequence[Instruction]):
+    """A method as a sequence of instructions that ends in `Stop`.
+
+    Arguments:
+        method: its name, for people and manifests.
+        schedule: the rate of every update, and when snapshots are due.
+        between: what happens after each member but the last.
+
+    Example:
+        >>> from snapcore import CosineCycles
+        >>> for instruction in Program("mine", CosineCycles(0.2, 32, 2), Restart("first", "reset")):
+        ...     print(instruction)
+        Train(start=0, stop=16)
+        Snapshot(index=1, step=16, due=16, lr=0.0019214719596769552, cycle=0, unfinished=False)
+        Restart(source='first', optimizer='reset')
+        Train(start=16, stop=32)
+        Snapshot(index=2, step=32, due=32, lr=0.0019214719596769552, cycle=1, unfinished=False)
+        Stop(reason='finished')
+    """
+
+    method: str
+    schedule: Schedule
+    between: Restart = NOTHING
+
+    @property
+    def updates(self) -> int:
+        """The true cost: optimizer updates done in all."""
+        return self.schedule.steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the program as plain JSON, for `program_from_dict`."""
+        return {"method": self.method, "schedule": self.schedule.to_dict(), "between": asdict(self.between)}
+
+    def __iter__(self) -> Iterator[Instruction]:
+        cursor = Cursor(self)
+        while not cursor.finished:
+            yield Train(cursor.step, cursor.step + cursor.until_next)
+            yield from cursor.advance(cursor.until_next)
+
+    def __len__(self) -> int:
+        members = len(self.schedule.snapshot_steps)
+        return 2 * members + (members - 1) * (self.between != NOTHING) + 1
+
+    @overload
+    def __getitem__(self, index: int) -> Instruction: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Instruction]: ...
+    def __getitem__(self, index: int | slice) -> Instruction | Sequence[Instruction]:
+        return tuple(self)[index]
+
+
+@dataclass(frozen=True)
+class _Method:
+    schedule: Callable[..., Schedule]
+    between: Restart = NOTHING
+
+
+def _step_decay(lr: float, steps: int, cycles: int, *, snapshots: int = 1, **options: Any) -> StepDecay:  # noqa: ARG001
+    return StepDecay(lr, steps, snapshots=snapshots, **options)
+
+
+def _six_snapshots(lr: float, steps: int, cycles: int, *, snapshots: int = 6, **options: Any) -> StepDecay:
+    return _step_decay(lr, steps, cycles, snapshots=snapshots, **options)
+
+
+def _one_cycle(lr: float, steps: int, cycles: int, **options: Any) -> CosineCycles:  # noqa: ARG001
+    return CosineCycles(lr, steps, 1, **options)
+
+
+def _full_length_cycles(lr: float, steps: int, cycles: int, **options: Any) -> CosineCycles:
+    return CosineCycles(lr, operator.index(steps) * operator.index(cycles), cycles, **options)
+
+
+_METHODS = {
+    "single": _Method(_step_decay),
+    "cosine": _Method(_one_cycle),
+    "nocycle": _Method(_six_snapshots),
+    "snapshot": _Method(CosineCycles),
+    "singlecycle": _Method(CosineCycles, Restart("fresh", "reset")),
+    "independent": _Method(_full_length_cycles, Restart("fresh", "reset")),
+    "star": _Method(CosineCycles, Restart("first", "reset")),
+}
+METHODS = tuple(_METHODS)
+
+
+def program(method: str, *, lr: float, steps: int, cycles: int, **schedule_options: Any) -> Program:
+    """List a method as a program.
+
+    | method | schedule | between members |
+    |---|---|---|
+    | `single` | lr, ÷10 at 50 %, ÷10 at 75 % | one member |
+    | `cosine` | one cosine cycle | one member |
+    | `nocycle` | as `single` | nothing; six members at equal spacing |
+    | `snapshot` | `cycles` cosine cycles over `steps` | nothing |
+    | `singlecycle` | `cycles` cosine cycles over `steps` | fresh weights, optimizer reset |
+    | `independent` | `cycles` cosine cycles over `cycles · steps` | fresh weights, optimizer reset |
+    | `star` | `cycles` cosine cycles over `steps` | the first member's weights, optimizer reset |
+
+    Arguments:
+        method: one of the names above.
+        lr: the first rate, and the rate of every restart.
+        steps: the budget T in optimizer updates; `independent` spends it once per member.
+        cycles: M; the methods on the step schedule do not use it.
+        **schedule_options: go to `CosineCycles` (`lr_min`, `warmup_steps`, `remainder`) or to `StepDecay`
+            (`milestones`, `factor`, `snapshots`).
+
+    Returns:
+        The instructions in order, with `.method`, `.schedule` and `.updates`, the true cost.
+
+    Raises:
+        ProtocolError: no such method.
+        ScheduleError: values that describe no schedule.
+
+    Example:
+        >>> [program(m, lr=0.1, steps=600, cycles=6).updates for m in ("snapshot", "independent")]
+        [600, 3600]
+
+    Source: Huang et al., Snapshot Ensembles: Train 1, Get M for Free, ICLR 2017, sections 3 and 4; `star`:
+    Sadrtdinov et al., To Stay or Not to Stay in the Pre-train Basin, NeurIPS 2023.
+    """
+    if method not in _METHODS:
+        raise ProtocolError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+    kind = _METHODS[method]
+    return Program(method, kind.schedule(lr, steps, cycles, **schedule_options), kind.between)
+
+
+def program_from_dict(values: Mapping[str, Any]) -> Program:
+    """Return the program that `to_dict` described; no warning is repeated.
+
+    Raises:
+        ProtocolError, ScheduleError: a name is missing or unknown, or a value is out of range.
+    """
+    names = {"method", "schedule", "between"}
+    if values.keys() != names or not all(isinstance(values[name], Mapping) for name in names - {"method"}):
+        raise ProtocolError(f"a program has the names {sorted(names)}, the last two objects; got {dict(values)!r}")
+    between = dict(values["between"])
+    if between.keys() != {"source", "optimizer"}:
+        raise ProtocolError(f"between has the names source and optimizer, got {sorted(between)}")
+    return Program(str(values["method"]), schedule_from_dict(values["schedule"]), Restart(**between))
+
+
+def as_program(schedule_or_program: Schedule | Program) -> Program:
+    """Return a program; a schedule alone means its snapshots, and nothing in between."""
+    if isinstance(schedule_or_program, Program):
+        return schedule_or_program
+    return Program("snapshot", schedule_or_program)
+
+
+class Cursor:
+    """A place in a program, moved by real updates; what it returns is due now.
+
+    `advance` is pure bookkeeping: it either moves and returns what is due, or raises and leaves the place
+    as it was. The place is the whole state, so resuming is setting it.
+
+    Arguments:
+        schedule_or_program: a schedule alone means its snapshots, and nothing in between.
+
+    Example:
+        >>> from snapcore import CosineCycles
+        >>> cursor = Cursor(CosineCycles(lr=0.2, steps=60, cycles=3))
+        >>> cursor.advance(19), cursor.until_next
+        ((), 1)
+        >>> [type(event).__name__ for event in cursor.advance()]
+        ['Snapshot']
+        >>> cursor.lr
+        0.2
+    """
+
+    def __init__(self, schedule_or_program: Schedule | Program) -> None:
+        self.program = as_program(schedule_or_program)
+        self.schedule = self.program.schedule
+        self.step = 0
+        """Updates done."""
+        self.taken = 0
+        """Members so far."""
+        self._last = 0
+        self._stopped: str | None = None
+        self._due = self.schedule.snapshot_steps[0]
+
+    @property
+    def lr(self) -> float:
+        """The rate of the next update."""
+        return self.schedule(self.step)
+
+    @property
+    def until_next(self) -> int:
+        """Updates until something is due; 0 once the program has stopped."""
+        return 0 if self.finished else self._due - self.step
+
+    @property
+    def finished(self) -> bool:
+        """Whether the program has stopped."""
+        return self._stopped is not None
+
+    @property
+    def stopped(self) -> str | None:
+        """The reason it stopped, or None."""
+        return self._stopped
+
+    def advance(self, n: int = 1, *, late: Literal["raise", "take"] = "raise") -> tuple[Event, ...]:
+        """Move on by `n` real updates and return what is due now, in order; usually nothing.
+
+        Arguments:
+            n: updates done since the last call, 0 or more.
+            late: what to do when `n` reaches past a boundary. `"raise"` refuses; `"take"` returns one
+                snapshot with the true `step`, and in `due` the newest boundary passed.
+
+        Raises:
+            ProtocolError: `n` reaches past a boundary and was not allowed to, is negative or no integer,
+                or the program has stopped. The place is unchanged.
+        """
+        if n.__class__ is not int or n < 0:
+            n = _updates(n)
+        if n and self._stopped is not None:
+            raise ProtocolError(
+                f"the program stopped after {self.step} updates ({self._stopped}), got {n} more: leave the loop when "
+                "it is finished, or make a schedule with more steps"
+            )
+        step = self.step + n
+        if step < self._due or n == 0:
+            self.step = step
+            return ()
+        if step > self._due and late != "take":
+            raise ProtocolError(
+                f"a snapshot is due after update {self._due}, but {n} updates at once lead from {self.step} to {step}: "
+                f"advance by at most until_next={self.until_next}, or say late='take' for one late snapshot"
+            )
+        return self._arrive(step)
+
+    def finish(self, reason: str) -> tuple[Event, ...]:
+        """End early: an unfinished snapshot if an update was done since the last one, then `Stop`.
+
+        A cursor that has stopped stays as it is and returns nothing.
+        """
+        if self.finished:
+            return ()
+        self._stopped = reason
+        if self.step == self._last:
+            return (Stop(reason),)
+        return replace(self._snapshot(self.step), unfinished=True), Stop(reason)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place as plain JSON."""
+        return {"step": self.step, "taken": self.taken, "last": self._last, "stopped": self._stopped}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Set the place.
+
+        Raises:
+            ProtocolError: `state` is no place in this program; the cursor is unchanged.
+        """
+        step, taken, last, stopped = (state.get(name) for name in ("step", "taken", "last", "stopped"))
+        counts = all(type(value) is int for value in (step, taken, last)) and isinstance(stopped, str | None)
+        step, taken, last = cast("tuple[int, int, int]", (step, taken, last))
+        if not counts or not 0 <= taken <= last <= step or (stopped is None and step >= self.schedule.steps):
+            raise ProtocolError(f"no place in a program of {self.program.updates} updates: {dict(state)!r}")
+        self.step, self.taken, self._last, self._stopped = step, taken, last, cast("str | None", stopped)
+        self._due = self.schedule.snapshot_steps[self.schedule.cycle_at(step)]
+
+    def _arrive(self, step: int) -> tuple[Event, ...]:
+        self.step = step
+        if step >= self.schedule.steps:
+            self._stopped = FINISHED
+            return self._snapshot(self.schedule.steps), Stop(FINISHED)
+        cycle = self.schedule.cycle_at(step)
+        snapshot = self._snapshot(self.schedule.snapshot_steps[cycle - 1])
+        self._due = self.schedule.snapshot_steps[cycle]
+        return (snapshot,) if self.program.between == NOTHING else (snapshot, self.program.between)
+
+    def _snapshot(self, due: int) -> Snapshot:
+        self.taken, self._last = self.taken + 1, self.step
+        lr, cycle = self.schedule(self.step - 1), self.schedule.cycle_at(due - 1)
+        return Snapshot(self.taken, self.step, due, lr, cycle)
+
+
+def _updates(n: Any) -> int:
+    try:
+        count = operator.index(n)
+    except TypeError:
+        raise ProtocolError(f"n counts updates, a whole number; got {n!r}") from None
+    if count < 0:
+        raise ProtocolError(f"n counts updates, 0 or more; got {count}")
+    return count
