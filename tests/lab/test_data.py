@@ -1,0 +1,381 @@
+"""The lab's data: true file formats written here byte by byte, read back, and every kind of damage refused."""
+
+import gzip
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from snapcore.errors import DataError
+from snapcore.lab import data as data_module
+from snapcore.lab.data import Dataset, load_data
+
+KERAS = ("x_train", "y_train", "x_test", "y_test")
+MEDMNIST = ("train_images", "train_labels", "test_images", "test_labels")
+IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+rng = np.random.default_rng(5)
+X_TRAIN = rng.integers(0, 256, (7, 4, 5), dtype=np.uint8)
+Y_TRAIN = np.array([0, 1, 2, 3, 0, 1, 2], np.uint8)
+X_TEST = rng.integers(0, 256, (3, 4, 5), dtype=np.uint8)
+Y_TEST = np.array([3, 1, 0], np.uint8)
+ARRAYS = (X_TRAIN, Y_TRAIN, X_TEST, Y_TEST)
+
+
+def idx_bytes(array):
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def write_idx(folder, rename=str, pack=bytes, replace=None):
+    for name, array in zip(IDX, ARRAYS, strict=True):
+        content = (replace or {}).get(name, idx_bytes(array))
+        (folder / rename(name)).write_bytes(pack(content))
+    return folder
+
+
+def write_npz(path, keys=KERAS, save=np.savez_compressed, **replace):
+    save(path, **{key: replace.get(usual, a) for key, usual, a in zip(keys, KERAS, ARRAYS, strict=True)})
+    return path
+
+
+def standardised(images, train):
+    """Compute the definition in float64, one channel."""
+    pixels = train.astype(float).ravel() / 255
+    mean = sum(pixels) / len(pixels)
+    std = (sum((pixels - mean) ** 2) / len(pixels)) ** 0.5
+    return ((images / 255 - mean) / std)[:, None]
+
+
+def assert_is_the_example(data: Dataset):
+    np.testing.assert_allclose(data.x_train, standardised(X_TRAIN, X_TRAIN), atol=1e-5)
+    np.testing.assert_allclose(data.x_test, standardised(X_TEST, X_TRAIN), atol=1e-5)
+    np.testing.assert_array_equal(data.y_train, Y_TRAIN)
+    np.testing.assert_array_equal(data.y_test, Y_TEST)
+    assert data.n_classes == 4
+    assert {data.x_train.dtype, data.x_test.dtype} == {np.dtype(np.float32)}
+    assert {data.y_train.dtype, data.y_test.dtype} == {np.dtype(np.int64)}
+    assert data.x_train.flags.c_contiguous
+    assert data.x_train.flags.writeable
+
+
+# digits
+
+
+def digits_rows(data):
+    pixels = np.concatenate([data.x_train, data.x_test]) * data.std + data.mean
+    return np.rint(pixels[:, 0] * 16).astype(int)
+
+
+def test_digits_are_split_once_into_1347_and_450():
+    data = load_data()
+    assert data.name == "digits"
+    assert data.x_train.shape == (1347, 1, 8, 8)
+    assert data.x_test.shape == (450, 1, 8, 8)
+    assert data.n_classes == 10
+    assert set(data.y_train) == set(data.y_test) == set(range(10))
+
+
+def test_digits_parts_are_disjoint_and_together_are_scikit_learns_images():
+    from sklearn.datasets import load_digits
+
+    data, source = load_data("digits"), load_digits()
+    ours = np.column_stack([digits_rows(data).reshape(1797, 64), np.concatenate([data.y_train, data.y_test])])
+    theirs = np.column_stack([source.data.astype(int), source.target])
+    assert sorted(map(tuple, ours)) == sorted(map(tuple, theirs))
+
+
+def test_digits_split_is_the_same_whatever_the_global_seed_and_the_limit():
+    np.random.seed(1)
+    one = load_data("digits")
+    np.random.seed(2)
+    two = load_data("digits", train_limit=100)
+    np.testing.assert_array_equal(one.y_test, two.y_test)
+    np.testing.assert_array_equal(digits_rows(one)[1347:], digits_rows(two)[100:])
+    np.testing.assert_array_equal(digits_rows(one)[:100], digits_rows(two)[:100])
+
+
+def test_digits_test_labels_are_pinned_so_that_results_stay_comparable():
+    assert np.bincount(load_data("digits").y_test).tolist() == [43, 41, 46, 46, 51, 35, 45, 43, 47, 53]
+
+
+def test_digits_pixels_are_scaled_before_mean_and_std_are_taken():
+    data = load_data("digits")
+    assert 0 < data.mean < 1
+    assert 0 < data.std < 1
+    assert abs(data.x_train.mean()) < 1e-5
+    assert abs(data.x_train.std() - 1) < 1e-5
+
+
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match=r"pip install 'snapcore\[lab\]'"):
+        load_data("digits")
+
+
+def test_a_module_that_scikit_learn_itself_lacks_is_not_blamed_on_scikit_learn(monkeypatch):
+    monkeypatch.delitem(sys.modules, "sklearn.datasets", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [LacksScipy(), *sys.meta_path])
+    with pytest.raises(ModuleNotFoundError, match="scipy"):
+        load_data("digits")
+
+
+class LacksScipy:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "sklearn.datasets":
+            raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+
+
+def test_digits_with_a_directory_is_refused_rather_than_one_of_them_ignored(tmp_path):
+    with pytest.raises(DataError, match="another name"):
+        load_data("digits", tmp_path)
+
+
+# names and places
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(DataError, match=r"digits, fashion-mnist.*'mnits'"):
+        load_data("mnits")
+
+
+def test_fashion_mnist_is_found_in_its_usual_place(tmp_path, monkeypatch):
+    monkeypatch.setitem(data_module._DEFAULT_PLACES, "fashion-mnist", write_idx(tmp_path))
+    assert_is_the_example(load_data("fashion-mnist"))
+
+
+def test_fashion_mnist_that_is_not_installed_names_the_package_and_the_place(tmp_path, monkeypatch):
+    monkeypatch.setitem(data_module._DEFAULT_PLACES, "fashion-mnist", tmp_path / "absent")
+    with pytest.raises(DataError, match=r"absent.*package dataset-fashion-mnist"):
+        load_data("fashion-mnist")
+
+
+def test_directory_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere, which does not exist: give the directory"):
+        load_data("mnist", tmp_path / "nowhere")
+
+
+# IDX
+
+
+@pytest.mark.parametrize(
+    ("rename", "pack"),
+    [
+        (str, bytes),
+        (lambda name: name + ".gz", gzip.compress),
+        (lambda name: name.replace("-idx", ".idx"), bytes),
+        (lambda name: name.replace("-idx", ".idx") + ".gz", gzip.compress),
+    ],
+    ids=["plain", "gz", "dotted", "dotted-gz"],
+)
+def test_idx_folder_is_read_in_every_usual_spelling(tmp_path, rename, pack):
+    assert_is_the_example(load_data("kmnist", str(write_idx(tmp_path, rename, pack))))
+
+
+def test_plain_idx_file_is_preferred_to_its_gz_neighbour(tmp_path):
+    write_idx(tmp_path)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"not looked at")
+    assert_is_the_example(load_data("mnist", tmp_path))
+
+
+def test_folder_without_a_part_says_exactly_what_was_looked_for_and_where(tmp_path):
+    write_idx(tmp_path)
+    (tmp_path / IDX[1]).unlink()
+    with pytest.raises(DataError) as caught:
+        load_data("mnist", tmp_path)
+    message = str(caught.value)
+    for mark in "-.":
+        for ending in ("", ".gz"):
+            assert f"train-labels{mark}idx1-ubyte{ending}" in message
+    assert str(tmp_path) in message
+    assert "t10k" not in message
+
+
+def test_empty_folder_lists_all_four_parts(tmp_path):
+    with pytest.raises(DataError) as caught:
+        load_data("mnist", tmp_path)
+    assert all(name in str(caught.value) for name in IDX)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "got an empty file"),
+        (b"\0\0\x08", "got 00 00 08"),
+        (idx_bytes(Y_TRAIN), "must begin with 00 00 08 03 .* got 00 00 08 01"),
+        (b"\0\0\x0d" + idx_bytes(X_TRAIN)[3:], "got 00 00 0d 03"),
+        (b"<html>not found</html>", "got 3c 68 74 6d"),
+        (idx_bytes(X_TRAIN)[:10], "must have"),
+        (idx_bytes(X_TRAIN)[:-1], r"must have 156 bytes for the shape \[7, 4, 5\] .* got 155"),
+        (idx_bytes(X_TRAIN) + b"\0", "got 157"),
+        (struct.pack(">BBBB3I", 0, 0, 8, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1), "must have"),
+        (gzip.compress(idx_bytes(X_TRAIN))[:-9], "plain or gzip"),
+        (gzip.compress(idx_bytes(X_TRAIN))[:-8] + bytes(8), "plain or gzip"),
+        (b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 20, "plain or gzip"),
+    ],
+)
+def test_damaged_idx_file_is_named_with_what_is_wrong(tmp_path, content, message):
+    write_idx(tmp_path, replace={IDX[0]: content})
+    with pytest.raises(DataError, match=message) as caught:
+        load_data("mnist", tmp_path)
+    assert str(tmp_path / IDX[0]) in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "part"), [(IDX[1], "training"), (IDX[3], "test")])
+def test_images_and_labels_must_be_equally_many(tmp_path, name, part):
+    write_idx(tmp_path, replace={name: idx_bytes(np.zeros(5, np.uint8))})
+    with pytest.raises(DataError, match=rf"{part} .*one label per image, got \d images and 5 labels"):
+        load_data("mnist", tmp_path)
+
+
+def test_idx_part_without_examples_is_refused(tmp_path):
+    empty = {IDX[2]: idx_bytes(np.zeros((0, 4, 5), np.uint8)), IDX[3]: idx_bytes(np.zeros(0, np.uint8))}
+    with pytest.raises(DataError, match=r"test images must be .* not empty"):
+        load_data("mnist", write_idx(tmp_path, replace=empty))
+
+
+# npz
+
+
+@pytest.mark.parametrize("keys", [KERAS, MEDMNIST], ids=["keras", "medmnist"])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_is_read_with_either_set_of_keys(tmp_path, keys, save):
+    assert_is_the_example(load_data("mine", write_npz(tmp_path / "mine.npz", keys, save)))
+
+
+def test_folder_with_exactly_one_npz_is_read(tmp_path):
+    write_npz(tmp_path / "mine.npz")
+    assert_is_the_example(load_data("mine", tmp_path))
+
+
+def test_folder_with_two_npz_files_asks_which(tmp_path):
+    write_npz(tmp_path / "a.npz")
+    write_npz(tmp_path / "b.npz")
+    with pytest.raises(DataError, match=r"exactly one \.npz file \(it has 2\).*give the \.npz file itself"):
+        load_data("mine", tmp_path)
+
+
+def test_npz_beside_an_incomplete_idx_set_does_not_hide_what_is_missing(tmp_path):
+    write_npz(tmp_path / "a.npz")
+    write_idx(tmp_path)
+    (tmp_path / IDX[3]).unlink()
+    with pytest.raises(DataError, match="t10k-labels-idx1-ubyte"):
+        load_data("mine", tmp_path)
+
+
+def test_medmnist_validation_part_is_left_out_and_column_labels_are_flattened(tmp_path):
+    path = tmp_path / "pathmnist.npz"
+    arrays = dict(zip(MEDMNIST, (X_TRAIN, Y_TRAIN[:, None], X_TEST, Y_TEST[:, None]), strict=True))
+    np.savez(path, val_images=X_TEST, val_labels=np.full((3, 1), 9), **arrays)
+    assert_is_the_example(load_data("pathmnist", path))
+
+
+def test_colour_images_become_channels_first(tmp_path):
+    train, test = (rng.integers(0, 256, (n, 6, 5, 3), dtype=np.uint8) for n in (7, 3))
+    data = load_data("mine", write_npz(tmp_path / "a.npz", x_train=train, x_test=test))
+    assert data.x_train.shape == (7, 3, 6, 5)
+    pixels = data.x_train * data.std + data.mean
+    for n, row, column, channel in [(0, 0, 0, 0), (6, 5, 4, 2), (3, 1, 2, 1)]:
+        assert pixels[n, channel, row, column] * 255 == pytest.approx(train[n, row, column, channel], abs=1e-3)
+    assert data.x_train.flags.c_contiguous
+
+
+def test_floats_are_taken_as_they_are(tmp_path):
+    path = write_npz(tmp_path / "a.npz", x_train=X_TRAIN / 255 * 4 - 2, x_test=X_TEST / 255 * 4 - 2)
+    data = load_data("mine", path)
+    np.testing.assert_allclose(data.x_train, standardised(X_TRAIN, X_TRAIN), atol=1e-5)
+    assert data.mean == pytest.approx((X_TRAIN / 255 * 4 - 2).mean(), abs=1e-6)
+
+
+def test_pickled_arrays_are_refused_and_not_executed(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    path = tmp_path / "a.npz"
+    np.savez(path, allow_pickle=True, **dict(zip(KERAS, (np.array([Bomb()]), *ARRAYS[1:]), strict=True)))
+    with pytest.raises(DataError, match=r"a\.npz must be a \.npz file of plain arrays"):
+        load_data("mine", path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_npz_with_other_keys_lists_what_it_wants_and_what_it_got(tmp_path):
+    np.savez(tmp_path / "a.npz", images=X_TRAIN, y_train=Y_TRAIN)
+    with pytest.raises(DataError, match=r"x_train y_train x_test y_test, or train_images .*got images y_train"):
+        load_data("mine", tmp_path / "a.npz")
+
+
+def test_file_that_is_no_npz_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", X_TRAIN)
+    with pytest.raises(DataError, match=r"a\.npy must be a \.npz file or a folder"):
+        load_data("mine", tmp_path / "a.npy")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(random=st.randoms(use_true_random=False), save=st.sampled_from([np.savez, np.savez_compressed]))
+def test_npz_with_one_flipped_bit_is_refused_or_reads_as_before(tmp_path, random, save):
+    content = bytearray(write_npz(tmp_path / "a.npz", save=save).read_bytes())
+    content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+    (tmp_path / "b.npz").write_bytes(content)
+    try:
+        data = load_data("mine", tmp_path / "b.npz")
+    except DataError:
+        return
+    assert_is_the_example(data)
+
+
+# arrays that are not what they should be
+
+
+@pytest.mark.parametrize(
+    ("replace", "message"),
+    [
+        ({"y_train": Y_TRAIN.astype(int) - 1}, "training labels must be 0 or more, got -1"),
+        ({"y_test": Y_TEST.astype(float)}, "test labels must be integers .* got float64"),
+        ({"y_train": np.eye(7, 4, dtype=int)}, r"training labels must be .* got int64 \[7, 4\]"),
+        ({"y_train": np.array(3)}, r"training labels must be .* got int64 \[\]"),
+        ({"y_train": np.array(list("abcabca"))}, "training labels must be integers"),
+        ({"x_train": np.array(3)}, r"training images must be numbers .* got int64 \[\]"),
+        ({"x_train": X_TRAIN.reshape(7, 20)}, r"training images must be numbers .* got uint8 \[7, 20\]"),
+        ({"x_test": X_TEST.astype(complex)}, "test images must be numbers .* got complex128"),
+        ({"x_test": X_TEST > 9}, "test images must be numbers .* got bool"),
+        ({"x_train": X_TRAIN.astype(int) + 9}, "one type and shape, got int64 .* and uint8"),
+        ({"x_test": X_TEST[:, :3]}, r"one type and shape, got uint8 \[1, 4, 5\] and uint8 \[1, 3, 5\]"),
+        ({"x_train": np.full_like(X_TRAIN, 51)}, "must differ somewhere, got 0.2 in every pixel"),
+        ({"x_train": X_TRAIN * 257.0, "x_test": X_TEST * np.nan}, "must be finite"),
+        ({"x_train": X_TRAIN * 1e300, "x_test": X_TEST * 1.0}, "must be finite in float32"),
+        ({"x_train": np.int16(X_TRAIN) - 300, "x_test": np.int16(X_TEST)}, r"must be in 0\.\.255, got -"),
+        ({"x_train": np.int16(X_TRAIN), "x_test": np.int16(X_TEST) + 256}, r"must be in 0\.\.255, got 2"),
+        ({"x_train": np.zeros((7, 3, 9, 9)), "x_test": np.zeros((3, 3, 9, 9))}, "channels last"),
+    ],
+)
+def test_arrays_that_are_not_images_and_labels_are_refused(tmp_path, replace, message):
+    with pytest.raises(DataError, match=message):
+        load_data("mine", write_npz(tmp_path / "a.npz", **replace))
+
+
+# train_limit
+
+
+@given(limit=st.integers(2, 7))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_train_limit_keeps_the_first_images_and_standardises_by_them(tmp_path, limit):
+    data = load_data("mine", write_npz(tmp_path / "a.npz"), train_limit=limit)
+    np.testing.assert_allclose(data.x_train, standardised(X_TRAIN[:limit], X_TRAIN[:limit]), atol=1e-5)
+    np.testing.assert_allclose(data.x_test, standardised(X_TEST, X_TRAIN[:limit]), atol=1e-5)
+    np.testing.assert_array_equal(data.y_train, Y_TRAIN[:limit])
+
+
+def test_train_limit_does_not_change_the_number_of_classes(tmp_path):
+    path = write_npz(tmp_path / "a.npz", y_test=np.array([0, 1, 0]))
+    assert load_data("mine", path, train_limit=2).n_classes == 4
+
+
+@pytest.mark.parametrize("limit", [-1, 0, 8])
+def test_train_limit_outside_the_set_is_refused(tmp_path, limit):
+    with pytest.raises(DataError, match=rf"train_limit must be in 1\.\.7, the training images, got {limit}"):
+        load_data("mine", write_npz(tmp_path / "a.npz"), train_limit=limit)
