@@ -1,0 +1,119 @@
+"""What a framework must be able to do, and how one is found by name.
+
+A backend is a handful of pure verbs over a state of its own: every verb returns the state to go on with, which
+is right for frameworks that change tensors in place and for those that cannot. An adapter does not inherit from
+`Backend`; the type checker compares the two.
+"""
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from snapcore.errors import BackendNotFoundError
+from snapcore.protocol import OptimizerState
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Tensors = Mapping[str, NDArray[Any]]
+
+State = TypeVar("State")
+Report = Callable[[int, float], None]
+
+GROUP = "snapcore.backends"
+_EXTRAS = ("torch",)  # the extras of this distribution that bring a backend
+
+
+class Pending(Protocol):
+    """A copy of the weights on its way to the host; later updates cannot change it."""
+
+    def resolve(self) -> "Tensors":
+        """Return the copy as named host arrays; called once, from the writer's thread."""
+        ...
+
+
+class Data(Protocol):
+    """Training data as a backend reads it; `snapcore.data.TrainingData` is one."""
+
+    @property
+    def x(self) -> "NDArray[Any]":
+        """Inputs, [examples, …]."""
+        ...
+
+    @property
+    def y(self) -> "NDArray[Any]":
+        """Labels, [examples]."""
+        ...
+
+    @property
+    def n_classes(self) -> int:
+        """How many classes there are."""
+        ...
+
+    def indices(self, start: int, stop: int) -> "NDArray[np.int64]":
+        """Return the examples of updates `start … stop − 1`, [stop − start, batch]."""
+        ...
+
+
+class Backend(Protocol[State]):
+    """The verbs of a framework."""
+
+    @property
+    def name(self) -> str:
+        """The name that members and entry points bear."""
+        ...
+
+    @property
+    def init(self) -> Callable[..., State]:
+        """Return the state before the first update: `init(model, data, program, *, seed, member=1, **options)`.
+
+        Member k's fresh weights come from (seed, k) alone. Options are the backend's own.
+        """
+        ...
+
+    def train(self, state: State, start: int, stop: int, *, report: Report) -> State:
+        """Do updates `start … stop − 1` natively at the program's rates.
+
+        `report(step, loss)` is called for every update, `step` counting it, in bulk now and then.
+        """
+        ...
+
+    def capture(self, state: State) -> Pending:
+        """Return a copy of weights and buffers that later updates cannot change."""
+        ...
+
+    def restore(self, state: State, tensors: "Tensors | None", *, optimizer: OptimizerState) -> State:
+        """Go on from `tensors` (None: the weights as they are), the optimizer's moments kept or reset."""
+        ...
+
+    def logits(self, state: State, x: "NDArray[Any]") -> "NDArray[np.float32]":
+        """Return the model's outputs in evaluation mode, [examples, classes]; the state is left alone."""
+        ...
+
+
+def available_backends() -> dict[str, EntryPoint]:
+    """Return the entry points of all backends that are registered, by name; none is imported."""
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def load_backend(name: str) -> Backend[Any]:
+    """Return the backend called `name`, importing its framework.
+
+    Raises:
+        BackendNotFoundError: there is none, or its framework is not installed; the message says what to install.
+    """
+    found = available_backends()
+    if name not in found:
+        known = ", ".join(sorted({*found, *_EXTRAS}))
+        raise BackendNotFoundError(f"no backend is called {name!r}; known: {known}. {_cure(name)}")
+    try:
+        return found[name].load()()  # type: ignore[no-any-return]
+    except ModuleNotFoundError as error:
+        raise BackendNotFoundError(f"the backend {name!r} cannot be imported: {error}. {_cure(name)}") from error
+
+
+def _cure(name: str) -> str:
+    if name in _EXTRAS:
+        return f"Install it with: pip install 'snapcore[{name}]'"
+    return f"A package brings one with an entry point in the group {GROUP!r}"
