@@ -1,0 +1,268 @@
+"""What a damaged run directory does: it says which file is damaged, and never gives other numbers."""
+
+import json
+import os
+import random
+import struct
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from snapcore.errors import CorruptSnapshotError, StoreError
+from snapcore.store import SnapshotStore
+
+
+@pytest.fixture
+def run(tmp_path):
+    with SnapshotStore(tmp_path / "run", "w") as store:
+        store.describe(program={"method": "snapshot"})
+        for index in (1, 2):
+            tensors = {"w": np.arange(12, dtype=np.float32) * index, "n": np.array(index)}
+            metrics = {"nll": 0.5 * index}
+            store.save(
+                tensors,
+                index=index,
+                step=10 * index,
+                cycle=index - 1,
+                lr=0.1 * index,
+                framework="numpy",
+                metrics=metrics,
+            )
+    return tmp_path / "run"
+
+
+def edit(run, change):
+    manifest = json.loads((run / "snapcore.json").read_text())
+    change(manifest)
+    (run / "snapcore.json").write_text(json.dumps(manifest))
+
+
+def everything(run):
+    """Read all that a run has to say, as plain comparable values."""
+    store = SnapshotStore(run)
+    store.verify()
+    numbers = [(m.index, m.step, m.due, m.cycle, m.lr, m.unfinished, m.framework, m.metrics) for m in store.members]
+    tensors = [{k: v.tobytes() for k, v in store.load(m.index).items()} for m in store.members]
+    return numbers, tensors
+
+
+def flipped(data, rng):
+    position, bit = rng.randrange(len(data)), 1 << rng.randrange(8)
+    return data[:position] + bytes([data[position] ^ bit]) + data[position + 1 :]
+
+
+def truncated(data, rng):
+    return data[: rng.randrange(len(data))]
+
+
+@pytest.mark.parametrize("damage", [flipped, truncated])
+@pytest.mark.parametrize("name", ["snapcore.json", "snapshot-001.safetensors"])
+def test_no_flipped_bit_and_no_truncation_changes_what_is_read(run, name, damage):
+    """A damaged manifest or member raises, or (a space of the manifest became a tab) says the same as before."""
+    rng = random.Random(name)
+    whole, truth = (run / name).read_bytes(), everything(run)
+    refused = 0
+    for _ in range(400):
+        (run / name).write_bytes(damage(whole, rng))
+        try:
+            found = everything(run)
+        except StoreError:
+            refused += 1
+        else:
+            assert found == truth
+    assert refused == 400 if name != "snapcore.json" else refused > 200
+
+
+def test_no_flipped_bit_of_a_header_crashes_a_reader_that_only_maps(run):
+    path, rng = run / "snapshot-001.safetensors", random.Random(0)
+    whole = path.read_bytes()
+    length = 8 + struct.unpack("<Q", whole[:8])[0]
+    for _ in range(400):
+        path.write_bytes(flipped(whole[:length], rng) + whole[length:])
+        try:
+            tensors = SnapshotStore(run).load(1, verify=False)
+        except CorruptSnapshotError:
+            continue
+        else:
+            assert sum(array.nbytes for array in tensors.values()) == len(whole) - length
+
+
+def test_a_missing_file_is_named(run):
+    (run / "snapshot-002.safetensors").unlink()
+    store = SnapshotStore(run)
+    store.load(1)
+    for read in (store.verify, lambda: store.load(2), lambda: store.load(2, verify=False)):
+        with pytest.raises(CorruptSnapshotError, match=r"snapshot-002\.safetensors is missing"):
+            read()
+
+
+def test_exchanged_files_are_noticed_even_without_the_digest(run):
+    one, two = run / "snapshot-001.safetensors", run / "snapshot-002.safetensors"
+    one.rename(run / "x")
+    two.rename(one)
+    (run / "x").rename(two)
+    for verify in (True, False):
+        with pytest.raises(CorruptSnapshotError, match=r"snapshot-001.*swapped"):
+            SnapshotStore(run).load(1, verify=verify)
+
+
+def test_exchanged_files_are_noticed_when_their_digests_are_exchanged_too(run):
+    def swap(manifest):
+        one, two = manifest["members"]
+        for key in ("file", "sha256"):
+            one[key], two[key] = two[key], one[key]
+
+    edit(run, swap)
+    with pytest.raises(CorruptSnapshotError, match="does not say of itself what the manifest says"):
+        SnapshotStore(run).verify()
+
+
+def test_an_altered_weight_is_noticed_by_its_digest(run):
+    path = run / "snapshot-001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptSnapshotError, match=r"snapshot-001\.safetensors does not have the SHA-256"):
+        SnapshotStore(run).load(1)
+    SnapshotStore(run).load(1, verify=False)
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[" * 10**5, "null"])
+def test_a_file_that_snapcore_did_not_write_is_not_a_member(run, text):
+    path = run / "snapshot-001.safetensors"
+    save_file(load_file(path), path, metadata=None if text is None else {"snapcore": text})
+    with pytest.raises(CorruptSnapshotError, match="does not say of itself"):
+        SnapshotStore(run).load(1, verify=False)
+
+
+def test_a_type_that_numpy_lacks_is_refused_by_name(run):
+    path = run / "snapshot-001.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"dtype":"F32"', b'"dtype":"F8_E4M3"'))
+    size = struct.pack("<Q", struct.unpack("<Q", path.read_bytes()[:8])[0] + 4)
+    path.write_bytes((size + path.read_bytes()[8:]).replace(b'"shape":[12]', b'"shape":[48]'))
+    with pytest.raises(CorruptSnapshotError, match="F8_E4M3"):
+        SnapshotStore(run).load(1, verify=False)
+
+
+@pytest.mark.parametrize("target", ["/etc/hostname", "../outside", "sub/inside"])
+def test_a_link_out_of_the_directory_is_not_followed(run, target):
+    path = run / "snapshot-001.safetensors"
+    (run / "sub").mkdir()
+    for copy in (run.parent / "outside", run / "sub" / "inside"):
+        copy.write_bytes(path.read_bytes())
+    path.unlink()
+    path.symlink_to(target)
+    with pytest.raises(CorruptSnapshotError, match="is a link out of the run's directory"):
+        SnapshotStore(run).load(1)
+
+
+def test_a_run_behind_a_link_is_read(run):
+    (run.parent / "link").symlink_to(run)
+    SnapshotStore(run.parent / "link").verify()
+
+
+def test_a_named_pipe_is_no_file(run):
+    (run / "snapshot-001.safetensors").unlink()
+    os.mkfifo(run / "snapshot-001.safetensors")
+    with pytest.raises(CorruptSnapshotError, match="is missing"):
+        SnapshotStore(run).load(1)
+
+
+def member(key, value):
+    return lambda manifest: manifest["members"][0].update({key: value})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *[
+            member("file", name)
+            for name in (
+                *(
+                    "",
+                    ".",
+                    "..",
+                    "../x",
+                    "/etc/passwd",
+                    "a/b",
+                    "a\\b",
+                    "C:x",
+                    "\\\\host\\x",
+                    "a\0b",
+                    "x/",
+                    "snapcore.json",
+                ),
+                *("snapshot-002.safetensors", 3, None),
+            )
+        ],
+        *[member("index", index) for index in (2, 0, -1, 1.0, "1", True, 2**64)],
+        *[member(key, -1) for key in ("step", "due", "cycle")],
+        *[member("lr", lr) for lr in (float("nan"), float("inf"), "0.1", None, 10**400)],
+        *[member("metrics", metrics) for metrics in ({"nll": float("nan")}, {"nll": "x"}, [])],
+        *[member("sha256", digest) for digest in ("", "0" * 63, "G" * 64, "0" * 64 + "\n", None)],
+        member("unfinished", 1),
+        member("framework", None),
+        member("colour", "red"),
+        lambda manifest: manifest["members"][0].pop("step"),
+        lambda manifest: manifest.update(members={}),
+        lambda manifest: manifest.update(members=[[]]),
+        lambda manifest: manifest.update(program=[]),
+        lambda manifest: manifest.update(stopped=1),
+        lambda manifest: manifest.update(surprise=1),
+        lambda manifest: manifest.update(format="1"),
+        lambda manifest: manifest.update(format=1.5),
+        lambda manifest: manifest.pop("format"),
+    ],
+)
+def test_a_manifest_with_an_absurd_value_is_refused(run, change):
+    edit(run, change)
+    for mode in ("r", "w"):
+        with pytest.raises(CorruptSnapshotError, match=r"snapcore\.json is not a manifest"):
+            SnapshotStore(run, mode)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"\x00",
+        b"\xff\xfe",
+        b'{"format": 1, "stopped": "\xff"}',
+        b'{"format": 1, "stopped": "\\ud800"}',
+        b'{"format": 1} {}',
+        b'{"format": 1, "program": ' + b'{"a":' * 10**5,
+        b'{"format": 1, "other": ' + b"[" * 10**5,
+        b'{"format": 1, "members": ' + b"[" * 10**5,
+    ],
+)
+def test_a_manifest_that_is_no_manifest_is_refused(run, data):
+    (run / "snapcore.json").write_bytes(data)
+    with pytest.raises(CorruptSnapshotError, match=r"snapcore\.json is not a manifest"):
+        SnapshotStore(run)
+
+
+@pytest.mark.parametrize("version", [2, 0, 99])
+def test_a_later_format_asks_for_an_upgrade_before_anything_else_is_judged(run, version):
+    (run / "snapcore.json").write_text(json.dumps({"format": version, "a later field": [], "members": "elsewhere"}))
+    with pytest.raises(StoreError, match=f"format {version}, this snapcore reads format 1; upgrade") as caught:
+        SnapshotStore(run)
+    assert not isinstance(caught.value, CorruptSnapshotError)
+
+
+def test_a_lost_manifest_is_not_begun_anew_beside_its_members(run):
+    (run / "snapcore.json").unlink()
+    with pytest.raises(CorruptSnapshotError, match=r"snapcore\.json is missing beside snapshot-001\.safetensors"):
+        SnapshotStore(run, "w")
+    assert not (run / "snapcore.json").exists()
+
+
+def test_a_refused_directory_is_not_left_locked(run):
+    good = (run / "snapcore.json").read_bytes()
+    (run / "snapcore.json").write_bytes(b"{")
+    with pytest.raises(CorruptSnapshotError):
+        SnapshotStore(run, "w")
+    (run / "snapcore.json").write_bytes(good)
+    SnapshotStore(run, "w").close()
