@@ -1,0 +1,61 @@
+"""Pictures: a run's rate and loss, a schedule."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from snapcore.errors import StoreError
+from snapcore.schedule import Schedule
+
+_POINTS = 2000
+
+
+def plot_training(rows: Sequence[tuple[int, float, float]], schedule: Schedule, path: Path) -> None:
+    """Draw the rate and the loss of every update, with a line where each member was taken.
+
+    Arguments:
+        rows: (step, rate, loss) of each update.
+        schedule: says when members were due.
+        path: of the picture; its suffix is the format.
+    """
+    steps, rates, losses = (np.array(column, float) for column in zip(*rows, strict=True))
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
+    above.plot(steps, rates, color="tab:blue")
+    above.set_ylabel("learning rate")
+    window = max(len(losses) // 200, 1)
+    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+    below.plot(steps, losses, color="tab:red", alpha=0.2, linewidth=0.5)
+    below.plot(steps[window - 1 :], smooth, color="tab:red")
+    below.set(ylabel="training loss", xlabel="updates", yscale="log")
+    for axes in (above, below):
+        _mark_members(axes, schedule)
+    _save(figure, path)
+
+
+def plot_schedule(schedule: Schedule, path: Path) -> None:
+    """Draw a schedule over its updates, with a numbered line where each snapshot is due."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    axes = figure.subplots()
+    steps = np.unique(np.linspace(0, schedule.steps - 1, min(schedule.steps, _POINTS)).astype(int))
+    axes.plot(steps, [schedule(int(step)) for step in steps], color="tab:blue")
+    axes.set(xlabel="updates", ylabel="learning rate")
+    _mark_members(axes, schedule)
+    for number, step in enumerate(schedule.snapshot_steps, 1):
+        axes.annotate(f"{number}", (step, schedule.lr), ha="right", va="top")
+    _save(figure, path)
+
+
+def _mark_members(axes: Axes, schedule: Schedule) -> None:
+    for step in schedule.snapshot_steps:
+        axes.axvline(step, color="grey", linestyle="--", linewidth=0.8)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error}") from error
