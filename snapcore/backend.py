@@ -64,6 +64,10 @@ class Backend(Protocol[State]):
         """The name that members and entry points bear."""
         ...
 
+    def about(self) -> str:
+        """Return a few words for people: the framework's version, and the device it would use."""
+        ...
+
     @property
     def init(self) -> Callable[..., State]:
         """Return the state before the first update: `init(model, data, program, *, seed, member=1, **options)`.
@@ -87,9 +91,25 @@ class Backend(Protocol[State]):
         """Go on from `tensors` (None: the weights as they are), the optimizer's moments kept or reset."""
         ...
 
+    def dump(self, state: State) -> "tuple[Pending | Tensors, dict[str, Any]]":
+        """Return a copy of all that training needs to go on exactly, as named tensors and plain JSON.
+
+        The weights are among the tensors, each as `weights/` and the name that `capture` gives it.
+        """
+        ...
+
+    def load(self, state: State, tensors: "Pending | Tensors", values: dict[str, Any]) -> State:
+        """Go on from what `dump` returned."""
+        ...
+
     def logits(self, state: State, x: "NDArray[Any]") -> "NDArray[np.float32]":
         """Return the model's outputs in evaluation mode, [examples, classes]; the state is left alone."""
         ...
+
+
+def resolved(tensors: "Pending | Tensors") -> "Tensors":
+    """Return named host arrays: those that a pending copy resolves to, or the ones given."""
+    return tensors if isinstance(tensors, Mapping) else tensors.resolve()
 
 
 def available_backends() -> dict[str, EntryPoint]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast, get_args, overload
 
-from snapcore.errors import ProtocolError
+from snapcore.errors import ProtocolError, ScheduleError
 from snapcore.schedule import CosineCycles, Schedule, StepDecay, schedule_from_dict
 
 Source = Literal["previous", "first", "fresh"]
@@ -90,12 +90,12 @@ class Program(Sequence[Instruction]):
     Example:
         >>> from snapcore import CosineCycles
         >>> for instruction in Program("mine", CosineCycles(0.2, 32, 2), Restart("first", "reset")):
-        ...     print(instruction)
+        ...     print(instruction)  # doctest: +ELLIPSIS
         Train(start=0, stop=16)
-        Snapshot(index=1, step=16, due=16, lr=0.0019214719596769552, cycle=0, unfinished=False)
+        Snapshot(index=1, step=16, due=16, lr=0.0019214..., cycle=0, unfinished=False)
         Restart(source='first', optimizer='reset')
         Train(start=16, stop=32)
-        Snapshot(index=2, step=32, due=32, lr=0.0019214719596769552, cycle=1, unfinished=False)
+        Snapshot(index=2, step=32, due=32, lr=0.0019214..., cycle=1, unfinished=False)
         Stop(reason='finished')
     """
 
@@ -149,7 +149,11 @@ def _one_cycle(lr: float, steps: int, cycles: int, **options: Any) -> CosineCycl
 
 
 def _full_length_cycles(lr: float, steps: int, cycles: int, **options: Any) -> CosineCycles:
-    return CosineCycles(lr, operator.index(steps) * operator.index(cycles), cycles, **options)
+    try:
+        total = operator.index(steps) * operator.index(cycles)
+    except TypeError:
+        raise ScheduleError(f"steps and cycles must be integers, got {steps!r} and {cycles!r}") from None
+    return CosineCycles(lr, total, cycles, **options)
 
 
 _METHODS = {
@@ -278,6 +282,11 @@ class Cursor:
         """The reason it stopped, or None."""
         return self._stopped
 
+    @property
+    def at_member(self) -> bool:
+        """Whether a member was taken at this very step."""
+        return self.taken > 0 and self._last == self.step
+
     def advance(self, n: int = 1, *, late: Literal["raise", "take"] = "raise") -> tuple[Event, ...]:
         """Move on by `n` real updates and return what is due now, in order; usually nothing.
 
@@ -333,10 +342,18 @@ class Cursor:
         step, taken, last, stopped = (state.get(name) for name in ("step", "taken", "last", "stopped"))
         counts = all(type(value) is int for value in (step, taken, last)) and isinstance(stopped, str | None)
         step, taken, last = cast("tuple[int, int, int]", (step, taken, last))
-        if not counts or not 0 <= taken <= last <= step or (stopped is None and step >= self.schedule.steps):
+        if not counts or not self._leads_to(step, taken, last, stopped is not None):
             raise ProtocolError(f"no place in a program of {self.program.updates} updates: {dict(state)!r}")
         self.step, self.taken, self._last, self._stopped = step, taken, last, cast("str | None", stopped)
         self._due = self.schedule.snapshot_steps[self.schedule.cycle_at(step)]
+
+    def _leads_to(self, step: int, taken: int, last: int, stopped: bool) -> bool:
+        """Tell whether a walk can come there: every boundary passed has a member, though late ones may share it."""
+        boundaries = self.schedule.snapshot_steps
+        passed, settled = (sum(due <= place for due in boundaries) for place in (step, last))
+        if not 0 <= last <= step or (taken > 0) != (last > 0) or not 0 <= taken <= passed + stopped:
+            return False
+        return last == step if stopped else passed == settled < len(boundaries)
 
     def _arrive(self, step: int) -> tuple[Event, ...]:
         self.step = step

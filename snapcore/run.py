@@ -1,213 +1,28 @@
-"""A run: the cursor, the store and the writer, moved together.
+"""The managed form of a run: a program, a backend that trains natively, and a recorder between them."""
 
-`Recorder` is the push form: a loop tells it of updates, it takes the snapshots that are due and hands back what
-the loop itself must do (restarts). `execute` is the managed form: the same recorder, with a backend that trains
-natively between two instructions.
-"""
-
-import itertools
+import functools
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 from numpy.typing import NDArray
 
-from snapcore.backend import Backend, Data, Pending, Report
-from snapcore.errors import CycleWarning, DivergedError, ProtocolError, StoreError
-from snapcore.protocol import Cursor, Event, Program, Restart, Snapshot, Stop, as_program
-from snapcore.schedule import Schedule
-from snapcore.store import SnapshotStore, move_aside
-from snapcore.tensors import check_finite
-from snapcore.writer import SnapshotWriter
+from snapcore.backend import Backend, Data, Pending, Report, resolved
+from snapcore.errors import DivergedError
+from snapcore.group import Group
+from snapcore.protocol import Event, Program, Restart, Snapshot
+from snapcore.recorder import Recorder, restart_weights
 
-Batch = TypeVar("Batch")
+__all__ = ["Recorder", "execute", "restart_weights"]
+
 State = TypeVar("State")
-Metrics = Mapping[str, float]
 Tensors = Mapping[str, NDArray[Any]]
+Measure = Callable[[Snapshot, State], Mapping[str, float] | None]
 
-
-class Recorder:
-    """Walk a program along real updates and keep its members in a run directory.
-
-    Arguments:
-        directory: the run's own; created if it is not there.
-        schedule_or_program: what to walk.
-        framework: recorded with every member.
-        move_old_aside: rename a run that is already there instead of refusing it.
-
-    Raises:
-        StoreError: the directory already holds a run, is being written by another process, or cannot be written.
-    """
-
-    def __init__(
-        self,
-        directory: str | Path,
-        schedule_or_program: Schedule | Program,
-        *,
-        framework: str,
-        move_old_aside: bool = False,
-    ) -> None:
-        self.cursor = Cursor(schedule_or_program)
-        self.program = as_program(schedule_or_program)
-        self.directory = Path(directory)
-        self._framework = framework
-        if move_old_aside and (self.directory / "snapcore.json").exists():
-            move_aside(self.directory)
-        self.store = SnapshotStore(self.directory, "w")
-        try:
-            self._refuse_to_overwrite()
-            self.store.describe(program=self.program.to_dict())
-        except BaseException:
-            self.store.close()
-            raise
-        self._writer = SnapshotWriter()
-        self._closed = False
-
-    def record(
-        self,
-        n: int,
-        capture: Callable[[], Pending],
-        *,
-        late: Literal["raise", "take"] = "raise",
-        metrics: Callable[[Snapshot], Metrics | None] | None = None,
-    ) -> tuple[Event, ...]:
-        """Move on by `n` updates that were done; take what is due.
-
-        Arguments:
-            n: updates since the last call, 0 or more.
-            capture: gives a copy of the weights as they are now; called only if a snapshot is due.
-            late: as in `Cursor.advance`; a late snapshot is warned of.
-            metrics: gives what to record with a member.
-
-        Returns:
-            What was due, in order. The snapshot is already on its way; a `Restart` is the caller's to do.
-
-        Raises:
-            ProtocolError: as `Cursor.advance`.
-            StoreError, DivergedError: an earlier member could not be written or was refused.
-        """
-        self._writer.check()
-        events = self.cursor.advance(n, late=late)
-        if events:
-            self._take(events, capture, metrics)
-        return events
-
-    def finish(self, reason: str, capture: Callable[[], Pending]) -> tuple[Event, ...]:
-        """End early with an unfinished member, if an update was done since the last one."""
-        self._writer.check()
-        events = self.cursor.finish(reason)
-        self._take(events, capture, None)
-        return events
-
-    def first_member(self) -> Tensors:
-        """Return the tensors of the run's first member, once they are on disk."""
-        self._writer.drain()
-        return self.store.load(1)
-
-    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the batches of `loader`, epoch after epoch, until the program stops.
-
-        Raises:
-            ProtocolError: the loader is empty, or a whole epoch passed without an update being recorded.
-        """
-        for epoch in itertools.count():
-            if self.cursor.finished:
-                return
-            set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
-            if set_epoch is not None:
-                set_epoch(epoch)
-            before, yielded = self.cursor.step, 0
-            for batch in loader:
-                yield batch
-                yielded += 1
-                if self.cursor.finished:
-                    return
-            if yielded == 0:
-                raise ProtocolError("the loader gave no batch: it must be one that can be walked again every epoch")
-            if self.cursor.step == before:
-                raise ProtocolError(f"no update in {yielded} batches: call run.step() after every optimizer step")
-
-    def close(self) -> None:
-        """Wait for the writer, release the directory, and raise the writer's error if it has one."""
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            self._writer.close()
-        finally:
-            self.store.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _refuse_to_overwrite(self) -> None:
-        store = self.store
-        if store.program is None and not store.members:
-            return
-        held = f"{len(store.members)} members"
-        state = f"a run that is {store.stopped} ({held})" if store.stopped else f"an unfinished run ({held})"
-        raise StoreError(
-            f"{self.directory} holds {state}: load it with SnapshotEnsemble.load, choose another directory, or pass "
-            "resume=False, which moves it aside and starts anew"
-        )
-
-    def _take(
-        self,
-        events: tuple[Event, ...],
-        capture: Callable[[], Pending],
-        metrics: Callable[[Snapshot], Metrics | None] | None,
-    ) -> None:
-        for event in events:
-            if isinstance(event, Snapshot):
-                self._snapshot(event, capture, metrics(event) if metrics else None)
-            elif isinstance(event, Stop):
-                self._stop(event)
-
-    def _snapshot(self, snapshot: Snapshot, capture: Callable[[], Pending], metrics: Metrics | None) -> None:
-        self._writer.reserve()
-        pending = capture()
-        if snapshot.step != snapshot.due:
-            delay = snapshot.step - snapshot.due
-            warnings.warn(
-                f"member {snapshot.index} was due after update {snapshot.due} and is taken {delay} updates late, "
-                "at a rate that has jumped up: call run.step() after every optimizer step",
-                CycleWarning,
-                stacklevel=5,
-            )
-
-        def write() -> None:
-            tensors = pending.resolve()
-            check_finite(tensors, f"member {snapshot.index} at update {snapshot.step}")
-            self.store.save(
-                tensors,
-                index=snapshot.index,
-                step=snapshot.step,
-                due=snapshot.due,
-                cycle=snapshot.cycle,
-                lr=snapshot.lr,
-                framework=self._framework,
-                unfinished=snapshot.unfinished,
-                metrics=dict(metrics) if metrics else None,
-            )
-
-        self._writer.submit(write)
-
-    def _stop(self, stop: Stop) -> None:
-        expected = self.cursor.taken
-
-        def write() -> None:
-            if len(self.store.members) == expected:  # a member that could not be written leaves the run unfinished
-                self.store.describe(stopped=stop.reason)
-
-        self._writer.submit(write)
+SLICE = 50  # updates in the first call of the native loop
+_SHORT, _LONG = 0.5, 2.0  # seconds that a call may take before the next is made longer, or shorter
 
 
 def execute(
@@ -219,13 +34,18 @@ def execute(
     directory: str | Path,
     seed: int = 0,
     report: Report | None = None,
-    metrics: Callable[[Snapshot, State], Metrics | None] | None = None,
-    move_old_aside: bool = False,
+    metrics: Measure[State] | None = None,
+    resume: bool = True,
+    resume_every: int | None = None,
+    before_point: Callable[[], None] | None = None,
+    group: Group | None = None,
     **options: Any,
 ) -> State:
     """Run a program to its end on a backend, keeping its members in `directory`.
 
-    Each `Train` is one call of the backend's native loop. The same seed gives the same weights and batches.
+    Training is the backend's native loop, which comes back about once a second. The same seed gives the same weights
+    and batches; a run that was killed and is executed again goes on from its resume point, and its members are those
+    of a run that was never stopped.
 
     Arguments:
         program: a method as data, from `snapcore.program`.
@@ -236,7 +56,10 @@ def execute(
         seed: of the weights; member k's fresh ones come from (seed, k).
         report: called as `report(step, loss)` for every update, in bulk now and then.
         metrics: called with each snapshot and the state it is of; what it returns is recorded with the member.
-        move_old_aside: rename a run that is already there instead of refusing it.
+        resume: go on with an unfinished run that is there; False moves any run aside.
+        resume_every: updates between two resume points, beside those at every cycle's end.
+        before_point: called before every resume point.
+        group: the processes that train together.
         **options: go to the backend's `init`.
 
     Returns:
@@ -245,50 +68,84 @@ def execute(
     Raises:
         DivergedError: a loss or a captured weight is not finite; the members before are kept.
         StoreError: the directory cannot be used.
+        SystemExit: with code 143, after a SIGTERM and its resume point.
     """
-
-    def fresh(member: int) -> State:
-        return backend.init(model, data, program, seed=seed, member=member, **options)
-
     checked = _refuse_divergence(report)
-    with Recorder(directory, program, framework=backend.name, move_old_aside=move_old_aside) as recorder:
-        state = fresh(1)
-        cursor = recorder.cursor
-        while not cursor.finished:
-            state = backend.train(state, cursor.step, cursor.step + cursor.until_next, report=checked)
-            for event in _record(recorder, backend, state, metrics):
-                if isinstance(event, Restart):
-                    source = restart_weights(event, recorder, lambda k: backend.capture(fresh(k)).resolve())
-                    state = backend.restore(state, source, optimizer=event.optimizer)
-        return state
+    managed = _Managed(backend, lambda member: backend.init(model, data, program, seed=seed, member=member, **options))
+    with Recorder(
+        directory,
+        program,
+        managed,
+        framework=backend.name,
+        resume=resume,
+        resume_every=resume_every,
+        before_point=before_point,
+        group=group,
+    ) as recorder:
+        pace = _Pace(recorder, resume_every)
+        managed.state = managed.fresh(1)
+        managed.restart(recorder.start(), recorder)
+        while not recorder.cursor.finished:
+            start, stop = pace.next_slice()
+            managed.state = backend.train(managed.state, start, stop, report=checked)
+            measure = None if metrics is None else functools.partial(_swapped, metrics, managed.state)
+            managed.restart(recorder.record(stop - start, metrics=measure), recorder)
+    return managed.state
 
 
-def _record(
-    recorder: Recorder,
-    backend: Backend[State],
-    state: State,
-    metrics: Callable[[Snapshot, State], Metrics | None] | None,
-) -> tuple[Event, ...]:
-    return recorder.record(
-        recorder.cursor.until_next,
-        lambda: backend.capture(state),
-        metrics=(lambda snapshot: metrics(snapshot, state)) if metrics else None,
-    )
+class _Managed(Generic[State]):
+    """A backend and its state, as the recorder sees them."""
+
+    def __init__(self, backend: Backend[State], fresh: Callable[[int], State]) -> None:
+        self._backend, self.fresh = backend, fresh
+        self.state: State
+
+    def capture(self) -> Pending | Tensors:
+        return self._backend.capture(self.state)
+
+    def dump(self) -> tuple[Pending | Tensors, dict[str, Any]]:
+        return self._backend.dump(self.state)
+
+    def load(self, tensors: Tensors, values: dict[str, Any]) -> None:
+        self.state = self._backend.load(self.state, tensors, values)
+
+    def random_state(self) -> None:
+        """Nothing: a backend's dump holds its own."""
+
+    def set_random_state(self, state: Any) -> None:
+        """Nothing to set."""
+
+    def restart(self, events: tuple[Event, ...], recorder: Recorder) -> None:
+        for event in events:
+            if isinstance(event, Restart):
+                tensors = restart_weights(event, recorder, self._fresh_weights)
+                self.state = self._backend.restore(self.state, tensors, optimizer=event.optimizer)
+
+    def _fresh_weights(self, member: int) -> Tensors:
+        return resolved(self._backend.capture(self.fresh(member)))
 
 
-def restart_weights(restart: Restart, recorder: Recorder, fresh: Callable[[int], Tensors]) -> Tensors | None:
-    """Return the tensors to go on from; None means the weights as they are.
+class _Pace:
+    """How far the native loop goes before it comes back: about a second, to a boundary, or to a resume point."""
 
-    Arguments:
-        restart: what the recorder handed back.
-        recorder: that recorder.
-        fresh: gives new weights for a member number.
-    """
-    if restart.source == "previous":
-        return None
-    if restart.source == "first":
-        return recorder.first_member()
-    return fresh(recorder.cursor.taken + 1)
+    def __init__(self, recorder: Recorder, resume_every: int | None) -> None:
+        self._cursor, self._every = recorder.cursor, resume_every
+        self._updates, self._began = SLICE, math.nan
+
+    def next_slice(self) -> tuple[int, int]:
+        now = time.monotonic()
+        if now - self._began < _SHORT:
+            self._updates *= 2
+        elif now - self._began > _LONG:
+            self._updates = max(self._updates // 2, SLICE)
+        self._began = now
+        start = self._cursor.step
+        stop = start + min(self._updates, self._cursor.until_next)
+        return start, stop if self._every is None else min(stop, (start // self._every + 1) * self._every)
+
+
+def _swapped(metrics: Measure[State], state: State, snapshot: Snapshot) -> Mapping[str, float] | None:
+    return metrics(snapshot, state)
 
 
 def _refuse_divergence(report: Report | None) -> Report:

@@ -12,7 +12,7 @@ import functools
 import math
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, Literal, Protocol, get_args
 
@@ -67,7 +67,7 @@ class Schedule:
 
     def lr_at(self, t: int) -> float:
         """Return the rate of iteration `t` as the paper counts, from 1: `self(t - 1)`."""
-        return self(operator.index(t) - 1)
+        return self(_whole("t", t) - 1)
 
     def bind(self, ops: Ops) -> Callable[[Any], Any]:
         """Return the function step -> rate over `ops`, clamped to 0..steps-1.
@@ -333,6 +333,7 @@ class StepDecay(Schedule):
     def _check(self) -> None:
         lr, factor = _rate_value("lr", self.lr), _rate_value("factor", self.factor)
         steps, snapshots = _whole("steps", self.steps), _whole("snapshots", self.snapshots)
+        _require(isinstance(self.milestones, Iterable), f"milestones must be shares in 0..1, got {self.milestones!r}")
         milestones = tuple(_rate_value("milestones", share) for share in self.milestones)
         _require(lr > 0, f"lr must be above 0, got {lr}")
         _require(factor > 0, f"factor must be above 0, got {factor}")
@@ -387,7 +388,7 @@ def _update_count(step: Any) -> int:
 def _rate_value(name: str, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ScheduleError(f"{name} must be a number, got {value!r}") from None
     _require(math.isfinite(number) and number >= 0, f"{name} must be finite and not negative, got {number}")
     return number

@@ -128,6 +128,8 @@ class SnapshotStore:
     ) -> Member:
         """Write a member: its file first, the manifest last, both flushed to disk.
 
+        The same as `put`, then `add`.
+
         Arguments:
             tensors: the weights by name; arrays of any shape and layout, of a type that safetensors
                 and NumPy both know (bfloat16 through `ml_dtypes`). They must not change meanwhile.
@@ -147,6 +149,34 @@ class SnapshotStore:
             StoreError: the store is closed or only reads, the index is taken, a value or a tensor
                 cannot be recorded, or the disk refuses; the members before are as they were.
         """
+        member = self.put(
+            tensors,
+            index=index,
+            step=step,
+            cycle=cycle,
+            lr=lr,
+            framework=framework,
+            due=due,
+            unfinished=unfinished,
+            metrics=metrics,
+        )
+        self.add(member)
+        return member
+
+    def put(
+        self,
+        tensors: Mapping[str, ArrayLike],
+        *,
+        index: int,
+        step: int,
+        cycle: int,
+        lr: float,
+        framework: str,
+        due: int | None = None,
+        unfinished: bool = False,
+        metrics: Mapping[str, float] | None = None,
+    ) -> Member:
+        """Write a member's file alone: no reader knows of it before `add`. Arguments and errors are those of `save`."""
         arrays = files.row_major(tensors)
         member = new_member(
             index=index,
@@ -161,9 +191,23 @@ class SnapshotStore:
         with self._turn:
             self._check_may_write()
             self._check_is_new(member)
-            member = self._write_member(arrays, member)
-            self._write(self._manifest.with_member(member))
-        return member
+            return self._write_member(arrays, member)
+
+    def add(self, member: Member, *, stopped: str | None = None) -> None:
+        """Name in the manifest a member whose file `put` has written.
+
+        Arguments:
+            member: what `put` returned.
+            stopped: why the run ended, if this was its last.
+
+        Raises:
+            StoreError: the store is closed or only reads, the index is taken, or the manifest cannot be written.
+        """
+        with self._turn:
+            self._check_may_write()
+            self._check_is_new(member)
+            manifest = self._manifest.with_member(member)
+            self._write(manifest if stopped is None else msgspec.structs.replace(manifest, stopped=stopped))
 
     def file(self, index: int, *, verify: bool = True) -> Path:
         """Return the path of a member's file, once checked.

@@ -11,7 +11,6 @@ nothing to wait for, so a forked data loader neither hangs nor writes its parent
 import atexit
 import os
 import threading
-import traceback
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -151,16 +150,9 @@ class SnapshotWriter:
         return True
 
     def _keep(self, error: BaseException) -> None:
-        _forget_locals(error)
         with self._changed:
             if self._error is None:
                 self._error = error
             else:
+                # As text: an exception holds its frames, and they the weights; one such copy is enough.
                 self._error.add_note(f"a later job failed too: {error!r}")
-
-
-def _forget_locals(error: BaseException | None) -> None:
-    """Empty the frames that an exception holds on to: among their variables is the copy of the weights."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__

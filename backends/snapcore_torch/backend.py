@@ -1,6 +1,7 @@
 """The backend verbs for PyTorch: how a managed run drives the native loop."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,12 +12,22 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from snapcore import DataError, Program
-from snapcore.backend import Data, Report
+from snapcore.backend import Data, Pending, Report, resolved
 from snapcore_torch.models import MODELS, Factory
-from snapcore_torch.schedule import group_ratios
-from snapcore_torch.snapshots import Copy, load_weights, named_tensors, to_torch
+from snapcore_torch.schedule import GroupRates
+from snapcore_torch.state import (
+    Copy,
+    dump_training,
+    load_training,
+    load_weights,
+    named_tensors,
+    random_state,
+    set_random_state,
+    to_torch,
+)
 from snapcore_torch.training import DeviceFeed, Loop
 
+Tensors = Mapping[str, NDArray[Any]]
 Precision = Literal["float32", "bfloat16"]
 _EVALUATION_BATCH = 1024
 
@@ -29,6 +40,8 @@ class TorchState:
     optimizer: Optimizer
     loop: Loop
     device: torch.device
+    random: dict[str, Any]
+    """What dropout and the like draw from: the run's own, whatever else the process does."""
 
 
 class TorchBackend:
@@ -78,12 +91,16 @@ class TorchBackend:
         module = _build(model, tuple(data.x.shape[1:]), data.n_classes, seed, member).to(place)
         chosen = optimizer(module) if optimizer else _sgd(module, program.schedule.lr, momentum, weight_decay)
         autocast = torch.bfloat16 if precision == "bfloat16" else None
-        loop = Loop(module, chosen, DeviceFeed(data, place), program.schedule, group_ratios(chosen), autocast=autocast)
-        return TorchState(module, chosen, loop, place)
+        loop = Loop(module, chosen, DeviceFeed(data, place), program.schedule, GroupRates(chosen), autocast=autocast)
+        with torch.random.fork_rng():
+            torch.manual_seed(_seed(seed, 0))
+            random = random_state()
+        return TorchState(module, chosen, loop, place, random)
 
     def train(self, state: TorchState, start: int, stop: int, *, report: Report) -> TorchState:
         """Do updates `start … stop − 1`."""
-        state.loop.run(start, stop, report)
+        with _own_randomness(state):
+            state.loop.run(start, stop, report)
         return state
 
     def capture(self, state: TorchState) -> Copy:
@@ -102,6 +119,17 @@ class TorchBackend:
             load_weights(state.model, tensors, "the member")
         if optimizer == "reset":
             state.optimizer.state.clear()
+        return state
+
+    def dump(self, state: TorchState) -> tuple[Copy, dict[str, Any]]:
+        """Return a copy of weights, optimizer and random states."""
+        copy, values = dump_training(state.model, state.model, state.optimizer, {})
+        return copy, {"training": values, "random": state.random}
+
+    def load(self, state: TorchState, tensors: Pending | Tensors, values: dict[str, Any]) -> TorchState:
+        """Go on from what `dump` returned."""
+        load_training(state.model, state.model, state.optimizer, {}, resolved(tensors), values["training"])
+        state.random = values["random"]
         return state
 
     def logits(self, state: TorchState, x: NDArray[Any]) -> NDArray[np.float32]:
@@ -126,8 +154,23 @@ def _build(model: str | Factory, input_shape: tuple[int, ...], n_classes: int, s
             f"model must be one of {sorted(MODELS)} or a function of (input_shape, n_classes), got {model!r}"
         )
     with torch.random.fork_rng():
-        torch.manual_seed(int(np.random.SeedSequence([seed, member]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        torch.manual_seed(_seed(seed, member))
         return factory(input_shape, n_classes)
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextmanager
+def _own_randomness(state: TorchState) -> Iterator[None]:
+    callers = random_state()
+    set_random_state(state.random)
+    try:
+        yield
+    finally:
+        state.random = random_state()
+        set_random_state(callers)
 
 
 if TYPE_CHECKING:

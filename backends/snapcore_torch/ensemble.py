@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,14 +13,14 @@ from torch import Tensor, nn
 
 from snapcore import DataError, StoreError
 from snapcore.store import SnapshotStore
-from snapcore_torch.snapshots import check_module_fit, named_tensors, unwrapped
+from snapcore_torch.state import check_module_fit, named_tensors, plain_name, unwrapped
 
 Activation = Callable[[Tensor], Tensor]
 
 _ACTIVATIONS: dict[str, Activation] = {
-    "softmax": lambda outputs: outputs.softmax(-1),
+    "softmax": partial(torch.softmax, dim=-1),
     "sigmoid": torch.sigmoid,
-    "identity": lambda outputs: outputs,
+    "identity": nn.Identity(),
 }
 
 _HALF = (torch.float16, torch.bfloat16)  # averaged in float32
@@ -158,7 +159,7 @@ def _with_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Copy all of `model` but its weights, and put `tensors` in their place, wherever the model refers to them."""
     own = model.state_dict(keep_vars=True)
     new: dict[int, Any] = {}
-    state = {name: new.setdefault(id(tensor), _like(tensor, tensors[name])) for name, tensor in own.items()}
+    state = {name: new.setdefault(id(tensor), _like(tensor, tensors[plain_name(name)])) for name, tensor in own.items()}
     member = copy.deepcopy(model, dict(new))
     member.load_state_dict(state, assign=True)  # for what the module makes up as it is asked for its state
     return member

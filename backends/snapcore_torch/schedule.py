@@ -11,10 +11,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from snapcore import Schedule, ScheduleError, schedule_from_dict
 
 
-def group_ratios(optimizer: Optimizer, reference_lr: float | None = None) -> list[float]:
-    """Return each parameter group's share of the schedule's rate: its initial rate over the reference.
+class GroupRates:
+    """Each parameter group's share of the schedule's rate: its initial rate over the reference.
 
-    The reference is the optimizer's default rate, if some group started with it, else the largest initial rate.
+    The reference is the optimizer's default rate, if some group started with it, else the largest initial rate. Rates
+    that are tensors, one for each group, are filled in place, which neither recompiles nor breaks a captured graph.
 
     Arguments:
         optimizer: whose groups' `initial_lr`, or else `lr`, count.
@@ -23,38 +24,59 @@ def group_ratios(optimizer: Optimizer, reference_lr: float | None = None) -> lis
     Raises:
         ScheduleError: no group has a rate above 0, or `reference_lr` is not above 0.
     """
-    initial = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
-    default = float(optimizer.defaults.get("lr", math.nan))
-    reference = reference_lr if reference_lr is not None else default if default in initial else max(initial)
-    if not reference > 0:
-        raise ScheduleError(
-            f"reference_lr must be above 0, got {reference}: the groups' rates are relative to it. Build the "
-            "optimizer with its usual rates; the schedule sets them from the first update on"
-        )
-    return [rate / reference for rate in initial]
+
+    def __init__(self, optimizer: Optimizer, reference_lr: float | None = None) -> None:
+        initial = [_initial(group) for group in optimizer.param_groups]
+        default = float(optimizer.defaults.get("lr", math.nan))
+        found = default if default in initial else max(initial)
+        self.reference = found if reference_lr is None else reference_lr
+        if not 0 < self.reference < math.inf:
+            raise ScheduleError(
+                f"reference_lr must be above 0, got {self.reference}: the groups' rates are relative to it. Build the "
+                "optimizer with its usual rates; the schedule sets them from the first update on"
+            )
+        self._optimizer = optimizer
+        self.ratios: list[float] = []
+        self.extend()
+
+    def extend(self) -> None:
+        """Take in the groups that were added to the optimizer since."""
+        groups = self._optimizer.param_groups
+        for place, group in enumerate(groups[len(self.ratios) :], len(self.ratios)):
+            if isinstance(group["lr"], Tensor):
+                if any(group["lr"] is other["lr"] for other in groups[:place]):
+                    group["lr"] = group["lr"].clone()
+                group.setdefault("initial_lr", group["lr"].clone())
+            group.setdefault("initial_lr", group["lr"])  # where schedulers look, and the next run of this optimizer
+            self.ratios.append(_initial(group) / self.reference)
+
+    def of(self, rate: float) -> list[float]:
+        """Return every group's share of `rate`.
+
+        Raises:
+            ScheduleError: groups were added to the optimizer since.
+        """
+        if len(self._optimizer.param_groups) != len(self.ratios):
+            raise ScheduleError(
+                f"the optimizer has {len(self._optimizer.param_groups)} parameter groups, the schedule was given "
+                f"{len(self.ratios)}: call extend() after add_param_group()"
+            )
+        return [rate * ratio for ratio in self.ratios]
+
+    def apply(self, rate: float) -> None:
+        """Give every group its share of `rate`."""
+        for group, share in zip(self._optimizer.param_groups, self.of(rate), strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(share)
+            else:
+                group["lr"] = share
 
 
-def set_rate(optimizer: Optimizer, rate: float, ratios: list[float]) -> None:
-    """Give every parameter group its share of `rate`; tensors are filled in place.
-
-    Raises:
-        ScheduleError: a group was added after the ratios were read.
-    """
-    for group, share in zip(optimizer.param_groups, _shares(optimizer, rate, ratios), strict=True):
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(share)
-        else:
-            group["lr"] = share
+def _initial(group: dict[str, Any]) -> float:
+    return float(group.get("initial_lr", group["lr"]))
 
 
-def _shares(optimizer: Optimizer, rate: float, ratios: list[float]) -> list[float]:
-    groups = len(optimizer.param_groups)
-    if groups != len(ratios):
-        raise ScheduleError(
-            f"the optimizer must keep the {len(ratios)} parameter groups it had, got {groups}: add groups before the "
-            "schedule is attached, or attach it anew"
-        )
-    return [rate * ratio for ratio in ratios]
+_NOT_STATE = ("optimizer", "_schedule", "_rates")
 
 
 class SnapshotLR(LRScheduler):
@@ -62,7 +84,7 @@ class SnapshotLR(LRScheduler):
 
     An ordinary scheduler: call `step()` after every `optimizer.step()`. The rate is a pure function of
     `last_epoch`, the updates done, so it can be resumed, chained and driven by any trainer. Parameter groups keep
-    their ratio to the reference rate, see `group_ratios`.
+    their ratio to the reference rate, see `GroupRates`.
 
     Arguments:
         optimizer: any `torch.optim.Optimizer`.
@@ -94,19 +116,25 @@ class SnapshotLR(LRScheduler):
         reference_lr: float | None = None,
     ) -> None:
         self._schedule = schedule
-        self.ratios = group_ratios(optimizer, reference_lr)
+        self._rates = GroupRates(optimizer, reference_lr)
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Tensor]:
         """Return each group's rate for the update that follows `last_epoch` others."""
         if not self._get_lr_called_within_step:
             warnings.warn("to read the rate last set, use get_last_lr()", UserWarning, stacklevel=2)
-        return [*_shares(self.optimizer, self._schedule(self.last_epoch), self.ratios)]
+        return list(self._rates.of(self._schedule(self.last_epoch)))
+
+    def extend(self) -> None:
+        """Take in parameter groups that were added to the optimizer, at their ratio to the reference rate."""
+        self._rates.extend()
+        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
+            self.base_lrs.append(group["initial_lr"])
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values, which `torch.load` accepts with `weights_only=True`."""
-        state = {name: value for name, value in self.__dict__.items() if name not in ("optimizer", "_schedule")}
-        return {**state, "schedule": self._schedule.to_dict()}
+        state = {name: value for name, value in self.__dict__.items() if name not in _NOT_STATE}
+        return {**state, "schedule": self._schedule.to_dict(), "ratios": self._rates.ratios[:]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Set the place; the argument is not changed.
@@ -118,4 +146,5 @@ class SnapshotLR(LRScheduler):
         saved = schedule_from_dict(state.pop("schedule"))
         if saved != self._schedule:
             raise ScheduleError(f"the state belongs to {saved}, this scheduler follows {self._schedule}: use the same")
+        self._rates.ratios[:] = state.pop("ratios")
         self.__dict__.update(state)

@@ -1,128 +1,61 @@
-"""Snapshots of a PyTorch module: the copy, the way back, and the run for a loop of your own."""
+"""A run for a training loop of your own: it counts, sets the rate, takes the snapshots, and goes on after a kill."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import ml_dtypes
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from snapcore import DataError, Program, ProtocolError, Restart, Schedule
-from snapcore.run import Recorder, restart_weights
-from snapcore.tensors import check_fit
-from snapcore_torch.schedule import group_ratios, set_rate
+from snapcore import Program, ProtocolError, Schedule
+from snapcore.protocol import Event, Restart
+from snapcore.recorder import Recorder, restart_weights
+from snapcore_torch.schedule import GroupRates
+from snapcore_torch.state import (
+    Copy,
+    dump_training,
+    load_training,
+    load_weights,
+    named_tensors,
+    random_state,
+    set_random_state,
+)
 
 Batch = TypeVar("Batch")
 Tensors = Mapping[str, NDArray[Any]]
 FreshWeights = Callable[[int], "nn.Module | Mapping[str, Tensor]"]
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module itself, out of `torch.compile` and (distributed) data-parallel wrappers."""
-    while True:
-        inner = getattr(module, "_orig_mod", None)
-        if inner is None and isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = module.module
-        if not isinstance(inner, nn.Module):
-            return module
-        module = inner
-
-
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the module's state: parameters and persistent buffers by their `state_dict` names, not copied.
-
-    Raises:
-        DataError: a part of the state (`get_extra_state`) is no tensor.
-    """
-    state = unwrapped(module).state_dict()
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise DataError(f"a snapshot holds tensors, but {name!r} of the model's state is {type(value).__name__}")
-    return dict(state)
-
-
-class Copy:
-    """A copy of named tensors on their own device, on its way to the host."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        copies: dict[tuple[Any, ...], Tensor] = {}
-        self._tensors = {}
-        for name, tensor in tensors.items():
-            place = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-            if place not in copies:  # tied weights are copied once
-                copies[place] = tensor.detach().clone()
-            self._tensors[name] = copies[place]
-        devices = {tensor.device for tensor in self._tensors.values() if tensor.is_cuda}
-        self._copied = {device: torch.cuda.current_stream(device).record_event() for device in devices}
-
-    def resolve(self) -> dict[str, NDArray[Any]]:
-        """Return the copy as host arrays; on CUDA it is fetched on a stream of its own, behind the loop."""
-        streams = {device: torch.cuda.Stream(device) for device in self._copied}  # type: ignore[no-untyped-call]
-        for device, stream in streams.items():
-            stream.wait_event(self._copied[device])
-        arrays = {}
-        for name, tensor in self._tensors.items():
-            with torch.cuda.stream(streams.get(tensor.device)):
-                arrays[name] = to_numpy(tensor)
-        return arrays
-
-
-def to_numpy(tensor: Tensor) -> NDArray[Any]:
-    """Return a tensor as a host array; bfloat16, which NumPy lacks, as ml_dtypes' own."""
-    host = tensor.detach().cpu()
-    if host.dtype == torch.bfloat16:
-        return host.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return host.numpy()
-
-
-def to_torch(array: NDArray[Any]) -> Tensor:
-    """Return a host array as a tensor; it shares the memory of one that is writable and in C order."""
-    array = np.require(array, requirements=["C", "W"])
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def check_module_fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Raise `DataError` unless the names and shapes are those of the module's state."""
-    check_fit(shapes, {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}, what)
-
-
-def load_weights(module: nn.Module, tensors: Tensors, what: str) -> None:
-    """Copy named arrays into the module's own tensors.
-
-    Raises:
-        DataError: names or shapes are not the module's.
-    """
-    check_module_fit(module, {name: array.shape for name, array in tensors.items()}, what)
-    unwrapped(module).load_state_dict({name: to_torch(array) for name, array in tensors.items()})
-
-
 class SnapshotRun:
-    """Take snapshots from a training loop of your own.
+    """Take snapshots from a training loop of your own, and go on after a kill.
 
     It counts the optimizer's own steps, so `step()` may as well be called once per micro-batch. `step()` sets the
     rate of the next update; at the end of a cycle it first copies the weights, and the file is written behind the
-    loop. No scheduler is needed beside it.
+    loop. No scheduler is needed beside it. Opening the directory of an unfinished run again restores weights,
+    optimizer, rate and random states; with `batches`, the order of the data too.
 
     Arguments:
         directory: the run's own; created.
         cycles_or_program: a schedule, or a program from `snapcore.program`.
         model: whose state is copied: parameters and persistent buffers.
         optimizer: the one optimizer that trains it. Groups keep their ratio to the reference rate.
-        resume: False moves a run that is already there aside and starts anew.
+        resume: go on with an unfinished run that is there; False moves any run aside.
+        resume_every: updates between two resume points, beside those at every cycle's end.
         init: for programs with `fresh` restarts: gives a module or a state dict for a member number.
         reference_lr: the rate that the schedule stands for; by default found in the optimizer.
+        scaler: a `GradScaler`; updates that it skips are not counted, and its state is part of resume points.
+        state: more objects with `state_dict` and `load_state_dict` for resume points, by name; a loader among them
+            is taken to know its own place.
+        weights: another module whose weights become the members, such as an `AveragedModel` (EMA). A wrapper's own
+            state belongs into `state=`.
 
     Raises:
-        StoreError: the directory holds a run, is being written, or cannot be written.
-        ProtocolError: the program restarts from fresh weights and `init` is missing.
-        DataError: the model's state holds something else than tensors.
+        StoreError: the directory holds a finished run or another program's, is being written, or cannot be written.
+        ProtocolError: the program restarts from fresh weights and `init` is missing; several optimizers.
+        DataError: a state holds something that could only be pickled, or does not fit what was saved.
 
     Example:
         >>> import tempfile, torch
@@ -146,8 +79,12 @@ class SnapshotRun:
         optimizer: Optimizer,
         *,
         resume: bool = True,
+        resume_every: int | None = None,
         init: FreshWeights | None = None,
         reference_lr: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        state: Mapping[str, Any] | None = None,
+        weights: nn.Module | None = None,
     ) -> None:
         program = cycles_or_program
         if isinstance(program, Program) and program.between.source == "fresh" and init is None:
@@ -155,16 +92,28 @@ class SnapshotRun:
                 f"{program.method} starts members from fresh weights: pass init=, a function that gives a module or a "
                 "state dict for a member number"
             )
-        named_tensors(model)
+        if not isinstance(optimizer, Optimizer):
+            raise ProtocolError(
+                f"one torch.optim.Optimizer is counted, got {type(optimizer).__name__}: make one optimizer with a "
+                "parameter group for each, or give the others to a scheduler of their own and to state="
+            )
         self._model, self._optimizer, self._init = model, optimizer, init
-        self._ratios = group_ratios(optimizer, reference_lr)
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", float(group["lr"]))  # another run finds the same ratios
-        self._recorder = Recorder(directory, program, framework="torch", move_old_aside=not resume)
+        self._members = model if weights is None else weights
+        self._extras = {**(state or {}), **({} if scaler is None else {"scaler": scaler})}
+        named_tensors(self._members)
+        self._rates = GroupRates(optimizer, reference_lr)
+        self._recorder = Recorder(
+            directory, program, self._Source(self), framework="torch", resume=resume, resume_every=resume_every
+        )
         self._cursor = self._recorder.cursor
         self._counted = 0
+        try:
+            self._restart(self._recorder.start())
+        except BaseException:
+            self._recorder.close(exact=False)
+            raise
         self._hook = optimizer.register_step_post_hook(self._count)
-        set_rate(optimizer, self._cursor.lr, self._ratios)
+        self._rates.apply(self._cursor.lr)
 
     @property
     def updates(self) -> int:
@@ -185,29 +134,41 @@ class SnapshotRun:
         """Record the updates done since the last call, take what is due, set the next rate.
 
         Arguments:
-            updates: how many; by default those that the optimizer itself counted.
+            updates: how many; by default those that the optimizer itself counted. Say it where no Python runs at an
+                update, as in a replayed CUDA graph.
 
         Raises:
             ProtocolError: an update came after the program had stopped.
             StoreError, DivergedError: an earlier member could not be written or was refused.
+            SystemExit: with code 143, after a SIGTERM and its resume point.
         """
         n, self._counted = self._counted if updates is None else updates, 0
-        for event in self._recorder.record(n, self._capture, late="take"):
-            if isinstance(event, Restart):
-                self._restart(event)
+        events = self._recorder.record(n, late="take")
+        if events:
+            self._restart(events)
         if n:
-            set_rate(self._optimizer, self._cursor.lr, self._ratios)
+            self._rates.apply(self._cursor.lr)
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the loader's batches, epoch after epoch, until the program stops."""
-        return self._recorder.batches(loader)
+        """Yield the loader's batches, epoch after epoch, until the program stops; after a resume, go on where it was.
+
+        The order is exact if it depends on the random states (`shuffle=True`), on the loader's or sampler's own
+        `generator`, on `set_epoch`, or on a loader's own state given in `state=`.
+        """
+        places_itself = any(loader is stateful for stateful in self._extras.values())
+        return self._recorder.batches(loader, places_itself=places_itself)
+
+    def extend(self) -> None:
+        """Take in parameter groups that were added to the optimizer, at their ratio to the reference rate."""
+        self._rates.extend()
+        self._rates.apply(self._cursor.lr)
 
     def finish(self, reason: str) -> None:
         """End early, with an unfinished member if an update was done since the last one."""
-        self._recorder.finish(reason, self._capture)
+        self._recorder.finish(reason)
 
     def close(self) -> None:
-        """Wait for the writer and raise its error, if it has one."""
+        """Wait for the writer and raise its error, if it has one; a run left early may be opened again."""
         self._hook.remove()
         self._recorder.close()
 
@@ -217,21 +178,45 @@ class SnapshotRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._hook.remove()
+        self._recorder.__exit__(kind, error, trace)
 
-    def _count(self, *_: object) -> None:
-        self._counted += 1
+    def _count(self, optimizer: Optimizer, *_: object) -> None:
+        # A fused optimizer is called even when the scaler found infinities, and skips the update itself.
+        skipped = getattr(optimizer, "found_inf", None)
+        if skipped is None or not skipped.item():
+            self._counted += 1
 
-    def _capture(self) -> Copy:
-        return Copy(named_tensors(self._model))
+    def _restart(self, events: tuple[Event, ...]) -> None:
+        for event in events:
+            if isinstance(event, Restart):
+                tensors = restart_weights(event, self._recorder, self._fresh)
+                if tensors is not None:
+                    load_weights(self._model, tensors, f"the {event.source} member")
+                if event.optimizer == "reset":
+                    self._optimizer.state.clear()
 
     def _fresh(self, member: int) -> Tensors:
         weights = self._init(member)  # type: ignore[misc]  # refused at construction if missing
         return Copy(named_tensors(weights) if isinstance(weights, nn.Module) else weights).resolve()
 
-    def _restart(self, restart: Restart) -> None:
-        tensors = restart_weights(restart, self._recorder, self._fresh)
-        if tensors is not None:
-            load_weights(self._model, tensors, f"the {restart.source} weights")
-        if restart.optimizer == "reset":
-            self._optimizer.state.clear()
+    class _Source:
+        """What is being trained, as the recorder sees it."""
+
+        def __init__(self, run: "SnapshotRun") -> None:
+            self._parts = (run._members, run._model, run._optimizer, run._extras)
+
+        def capture(self) -> Copy:
+            return Copy(named_tensors(self._parts[0]))
+
+        def dump(self) -> tuple[Copy, dict[str, Any]]:
+            return dump_training(*self._parts)
+
+        def load(self, tensors: Tensors, values: dict[str, Any]) -> None:
+            load_training(*self._parts, tensors, values)
+
+        def random_state(self) -> dict[str, Any]:
+            return random_state()
+
+        def set_random_state(self, state: dict[str, Any]) -> None:
+            set_random_state(state)

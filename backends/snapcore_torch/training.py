@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from snapcore import DataError, Schedule
 from snapcore.backend import Data, Report
-from snapcore_torch.schedule import set_rate
-from snapcore_torch.snapshots import to_torch
+from snapcore_torch.schedule import GroupRates
+from snapcore_torch.state import to_torch
 
 Loss = Callable[[Any, Tensor], Tensor]
 CHUNK = 50
@@ -89,10 +89,10 @@ class Loop:
 
     Arguments:
         model: takes a batch of inputs.
-        optimizer: its groups follow the schedule in `ratios`.
+        optimizer: its groups follow the schedule in their `rates`.
         feed: the batches.
         schedule: the rate of every update.
-        ratios: each parameter group's share of the rate.
+        rates: each parameter group's share of the rate.
         loss: of (outputs, labels), a scalar tensor; default cross-entropy of logits.
         autocast: the dtype to compute in, such as `torch.bfloat16`; None keeps the weights'.
     """
@@ -101,7 +101,7 @@ class Loop:
     optimizer: Optimizer
     feed: Feed
     schedule: Schedule
-    ratios: list[float]
+    rates: GroupRates
     loss: Loss = field(default_factory=nn.CrossEntropyLoss)
     autocast: torch.dtype | None = None
 
@@ -110,7 +110,7 @@ class Loop:
         self.model.train()
         losses: list[Tensor] = []
         for step, (x, y) in enumerate(self.feed.batches(start, stop), start):
-            set_rate(self.optimizer, self.schedule(step), self.ratios)
+            self.rates.apply(self.schedule(step))
             losses.append(self._update(x, y))
             if len(losses) == CHUNK:
                 _flush(losses, step + 1, report)

@@ -3,6 +3,7 @@
 import itertools
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +12,10 @@ import typer
 
 from snapcore.backend import available_backends, load_backend
 from snapcore.errors import BackendNotFoundError, SnapcoreError
+from snapcore.lab.evaluate import RESULTS, write_results
 from snapcore.lab.evaluate import evaluate as evaluate_runs
-from snapcore.lab.evaluate import write_results
 from snapcore.lab.inspect import describe_run, describe_schedule
-from snapcore.lab.job import Job, first_backend
+from snapcore.lab.job import FILE, Job, first_backend, load_job
 from snapcore.lab.plots import plot_schedule
 from snapcore.lab.show import Display
 from snapcore.lab.train import train as train_job
@@ -49,7 +50,10 @@ def train(
     seed: Annotated[int, typer.Option(help="Of weights and batches.", min=0)] = 0,
     train_limit: Annotated[int | None, typer.Option(help="Keep the first so many training images.", min=1)] = None,
     output: Annotated[Path | None, typer.Option(help="The run's directory. Default: a new one in runs/.")] = None,
-    resume: Annotated[bool, typer.Option(help="--no-resume moves a run that is there aside.")] = True,
+    resume: Annotated[bool, typer.Option(help="Go on with an unfinished run; --no-resume moves it aside.")] = True,
+    resume_every: Annotated[
+        int | None, typer.Option(help="Updates between resume points, beside those at every cycle's end.", min=1)
+    ] = None,
 ) -> None:
     """Train a model, keep its members, and score their ensembles."""
     name, chosen = first_backend() if backend is None else (backend, load_backend(backend))
@@ -66,9 +70,9 @@ def train(
         seed=seed,
         train_limit=train_limit,
     )
-    directory = output or _new_directory(f"{data}-{model.rpartition(':')[2]}-{method}")
+    directory = output or _directory_for(job, resume)
     display = Display()
-    results = train_job(job, chosen, directory, display, resume=resume)
+    results = train_job(job, chosen, directory, display, resume=resume, resume_every=resume_every)
     display.ensembles(results["ensemble"])
     display.line(f"{results['seconds']:.1f} s; members, results.json, history.csv and training.png are in {directory}")
 
@@ -82,7 +86,7 @@ def evaluate(
     """Score the ensemble of one run, or of several together, and write results.json."""
     results = evaluate_runs(runs, last=last)
     Display().ensembles(results["ensemble"])
-    directory = output or (runs[0] if len(runs) == 1 else _new_directory("evaluation"))
+    directory = output or (runs[0] if len(runs) == 1 else _free_directory("evaluation"))
     typer.echo(f"wrote {write_results(results, directory)}")
 
 
@@ -152,16 +156,34 @@ def run(arguments: list[str]) -> int:
 
 
 def _say(error: Exception) -> int:
+    if isinstance(error, typer.TyperException) and str(error).startswith("Usage:"):
+        print(error.format_message(), file=sys.stderr)  # noqa: T201  no command was given: these are
+        return error.exit_code
     if isinstance(error, typer.TyperException):
-        print(error.format_message(), file=sys.stderr)  # noqa: T201
+        print(f"snapcore: {error.format_message()}".rstrip(), file=sys.stderr)  # noqa: T201
         return error.exit_code or 2
     print(f"snapcore: {error or 'stopped'}", file=sys.stderr)  # noqa: T201
     return 1
 
 
-def _new_directory(name: str) -> Path:
-    for number in itertools.count(1):
-        directory = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        if not directory.exists():
+def _directory_for(job: Job, resume: bool) -> Path:
+    """Return the directory of this very job, if it was left unfinished, or a new one."""
+    name = f"{job.data}-{job.model.rpartition(':')[2]}-{job.method}"
+    for directory in _numbered(name):
+        if not directory.exists() or (resume and _is_unfinished(job, directory)):
             return directory
-    raise AssertionError  # the count has no end
+    raise AssertionError  # the numbers have no end
+
+
+def _is_unfinished(job: Job, directory: Path) -> bool:
+    if not (directory / FILE).exists() or (directory / RESULTS).exists():
+        return False
+    return load_job(directory) == job
+
+
+def _free_directory(name: str) -> Path:
+    return next(directory for directory in _numbered(name) if not directory.exists())
+
+
+def _numbered(name: str) -> Iterator[Path]:
+    return (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))

@@ -10,6 +10,7 @@ import msgspec
 from snapcore.backend import Backend, available_backends, load_backend
 from snapcore.data import TrainingData
 from snapcore.errors import BackendNotFoundError, DataError, StoreError
+from snapcore.files import replacing
 from snapcore.lab.data import Dataset, load_data
 from snapcore.protocol import Program, program
 
@@ -71,8 +72,28 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             raise DataError(f"--model {self.model}: {error}; give package.module:function") from error
 
     def save(self, directory: Path) -> None:
-        """Keep the job in a run directory."""
-        (directory / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(self)) + b"\n")
+        """Keep the job in a run directory.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with replacing(directory / FILE) as temporary:
+                temporary.write_bytes(msgspec.json.format(msgspec.json.encode(self)) + b"\n")
+        except OSError as error:
+            raise StoreError(f"{directory} cannot be written: {error}; choose another --output") from error
+
+    def refuse_other(self, directory: Path) -> None:
+        """Raise `StoreError` unless this is the job kept in a run directory, saying what differs."""
+        other = load_job(directory)
+        names = [name for name in self.__struct_fields__ if getattr(self, name) != getattr(other, name)]
+        if names:
+            there, here = ({name: getattr(job, name) for name in names} for job in (other, self))
+            raise StoreError(
+                f"{directory} holds a run with {there}, asked for {here}: ask for the same to go on with it, choose "
+                "another --output, or pass --no-resume, which moves it aside"
+            )
 
 
 def load_job(directory: Path) -> Job:

@@ -5,65 +5,107 @@ from pathlib import Path
 from typing import Any
 
 from snapcore.backend import Backend, Report
+from snapcore.errors import StoreError
 from snapcore.lab.data import Dataset
-from snapcore.lab.evaluate import evaluate, write_results
+from snapcore.lab.evaluate import RESULTS, evaluate, write_results
 from snapcore.lab.history import History
-from snapcore.lab.job import Job
+from snapcore.lab.job import FILE, Job
 from snapcore.lab.plots import plot_training
 from snapcore.lab.scoring import probabilities
 from snapcore.lab.show import Display
+from snapcore.manifest import MANIFEST
 from snapcore.metrics import score
 from snapcore.protocol import Program, Snapshot
 from snapcore.run import execute
+from snapcore.store import SnapshotStore, move_aside
 
 PLOT = "training.png"
 
 
-def train(job: Job, backend: Backend[Any], directory: Path, display: Display, *, resume: bool) -> dict[str, Any]:
+def train(
+    job: Job,
+    backend: Backend[Any],
+    directory: Path,
+    display: Display,
+    *,
+    resume: bool = True,
+    resume_every: int | None = None,
+) -> dict[str, Any]:
     """Run a job, and write members, `history.csv`, `training.png` and `results.json` into `directory`.
+
+    Started again after a kill, it goes on where it was, and ends with the members and results of a run that was never
+    stopped.
 
     Arguments:
         job: what to do.
         backend: the one `job.backend` names.
         directory: the run's own.
         display: shows progress.
-        resume: False moves a run that is already there aside.
+        resume: go on with an unfinished run that is there; False moves any run aside.
+        resume_every: updates between two resume points, beside those at every cycle's end.
 
     Returns:
         What `results.json` holds.
+
+    Raises:
+        StoreError: the directory holds a finished run, or another job's.
     """
+    finished = _open(job, directory, resume)
     dataset = job.dataset()
     data = job.training_data(dataset)
     program = job.program(data)
     history = History(directory, program.schedule)
     display.line(_headline(job, backend, dataset, program))
     began = time.perf_counter()
+    if not finished:
 
-    def measure(snapshot: Snapshot, state: Any) -> dict[str, float]:
-        if snapshot.index == 1:
-            job.save(directory)
+        def measure(snapshot: Snapshot, state: Any) -> dict[str, float]:
+            scores = score(probabilities(backend.logits(state, dataset.x_test)), dataset.y_test)
+            display.member(snapshot, scores)
+            return scores
+
+        with display.progress(program) as show:
+            execute(
+                program,
+                backend,
+                model=job.resolved_model(),
+                data=data,
+                directory=directory,
+                seed=job.seed,
+                report=_both(history.report, show),
+                metrics=measure,
+                resume_every=resume_every,
+                before_point=history.write,
+            )
         history.write()
-        scores = score(probabilities(backend.logits(state, dataset.x_test)), dataset.y_test)
-        display.member(snapshot, scores)
-        return scores
-
-    with display.progress(program) as show:
-        execute(
-            program,
-            backend,
-            model=job.resolved_model(),
-            data=data,
-            directory=directory,
-            seed=job.seed,
-            report=_both(history.report, show),
-            metrics=measure,
-            move_old_aside=not resume,
-        )
-    history.write()
     results = {**evaluate([directory]), "seconds": round(time.perf_counter() - began, 3)}
-    write_results(results, directory)
     plot_training(history.rows, program.schedule, directory / PLOT)
+    write_results(results, directory)
     return results
+
+
+def _open(job: Job, directory: Path, resume: bool) -> bool:
+    """Make the directory this job's; tell whether all that is left to do is to score its members."""
+    if (directory / MANIFEST).exists():
+        if not resume:
+            move_aside(directory)
+        elif (directory / FILE).exists():
+            job.refuse_other(directory)
+            return _is_finished(directory)
+        else:
+            return False  # not made by this command: the recorder says what it holds
+    job.save(directory)
+    return False
+
+
+def _is_finished(directory: Path) -> bool:
+    stopped = SnapshotStore(directory).stopped
+    if stopped is not None and (directory / RESULTS).exists():
+        raise StoreError(
+            f"{directory} holds a run that is {stopped}: score it with snapcore evaluate, choose another --output, or "
+            "pass --no-resume, which moves it aside"
+        )
+    return stopped is not None
 
 
 def _both(first: Report, second: Report) -> Report:

@@ -1,0 +1,446 @@
+"""The push form of a run: a loop tells it of updates, and it does what is due.
+
+It moves the cursor, the store, the writer and the resume point together. All that takes time happens in the
+writer's thread; what the loop waits for is the copy.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self, TypeVar
+
+from numpy.typing import NDArray
+
+from snapcore.backend import Pending, resolved
+from snapcore.epochs import Epochs
+from snapcore.errors import CorruptSnapshotError, CycleWarning, ProtocolError, SnapcoreError, StoreError
+from snapcore.group import Alone, Group
+from snapcore.manifest import MANIFEST
+from snapcore.protocol import NOTHING, Cursor, Event, Program, Restart, Snapshot, Stop, as_program
+from snapcore.randomness import random_state, set_random_state
+from snapcore.resume import ResumePoint, clear_point, read_point, write_point
+from snapcore.schedule import Schedule
+from snapcore.store import SnapshotStore, move_aside
+from snapcore.tensors import check_finite
+from snapcore.termination import Termination
+from snapcore.writer import SnapshotWriter
+
+Batch = TypeVar("Batch")
+Tensors = Mapping[str, NDArray[Any]]
+Measure = Callable[[Snapshot], Mapping[str, float] | None]
+
+WEIGHTS = "weights/"
+AGREE_EVERY = 50
+"""Updates between two moments at which several processes agree whether one of them was told to end."""
+
+log = logging.getLogger("snapcore")
+
+
+class Source(Protocol):
+    """What is being trained, as the recorder sees it."""
+
+    def capture(self) -> Pending | Tensors:
+        """Return a copy of the weights that later updates cannot change."""
+        ...
+
+    def dump(self) -> tuple[Pending | Tensors, dict[str, Any]] | None:
+        """Return a copy of all that training needs to go on, or None if it cannot be resumed.
+
+        The weights of `capture` are in it, their names after `weights/`.
+        """
+        ...
+
+    def load(self, tensors: Tensors, values: dict[str, Any]) -> None:
+        """Go on from what `dump` returned."""
+        ...
+
+    def random_state(self) -> Any:
+        """Return the framework's own random states as plain JSON."""
+        ...
+
+    def set_random_state(self, state: Any) -> None:
+        """Take them back."""
+        ...
+
+
+class Recorder:
+    """Walk a program along real updates; keep its members and its resume point in a run directory.
+
+    Arguments:
+        directory: the run's own; created if it is not there.
+        schedule_or_program: what to walk.
+        source: what is being trained.
+        framework: recorded with every member.
+        resume: go on with an unfinished run that is there; False moves any run aside.
+        resume_every: updates between two resume points, beside those at every cycle's end.
+        before_point: called before every resume point, to bring what belongs to it up to date.
+        group: the processes that train together; number 0 writes, and all must see its directory.
+
+    Raises:
+        StoreError: the directory holds a finished run, another program's, or one that cannot be resumed; is being
+            written by another process; or cannot be written.
+        CorruptSnapshotError: what is there is not what was written.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        schedule_or_program: Schedule | Program,
+        source: Source,
+        *,
+        framework: str,
+        resume: bool = True,
+        resume_every: int | None = None,
+        before_point: Callable[[], None] | None = None,
+        group: Group | None = None,
+    ) -> None:
+        if resume_every is not None and resume_every < 1:
+            raise ProtocolError(f"resume_every counts updates, 1 or more; got {resume_every}")
+        self.directory = Path(directory)
+        self.program = as_program(schedule_or_program)
+        self.cursor = Cursor(self.program)
+        self.epochs = Epochs(self.cursor, self._random_state, self._set_random_state)
+        self._source, self._framework, self._every = source, framework, resume_every
+        self._before_point, self._group = before_point, group or Alone()
+        self._leads = self._group.rank == 0
+        self._failed = self._closed = False
+        self._point_at = 0
+        self._open(resume)
+        self._writer = SnapshotWriter()
+        self._termination = Termination()
+
+    def start(self) -> tuple[Event, ...]:
+        """Go on where the run stopped, if it did; call it once, before the first update.
+
+        Returns:
+            What is still to be done at this place: the restart that follows a member, or nothing.
+
+        Raises:
+            CorruptSnapshotError, DataError: the resume point cannot be read or does not fit.
+        """
+        point = read_point(self.directory)
+        if point is None:
+            return ()
+        self.cursor.load_state_dict(point.state["place"])
+        weights = {} if point.member is None else self._member_weights(point.member.index)
+        self._source.load({**point.tensors, **weights}, point.state["values"])
+        processes = point.state["processes"]
+        own = processes[self._group.rank if len(processes) == self._group.size else 0]
+        self.epochs.load_state_dict(own["data"])
+        self._set_random_state(own["random"])
+        self._point_at = self.cursor.step
+        log.info("%s goes on after update %d of %d", self.directory, self.cursor.step, self.program.updates)
+        between = self.program.between
+        return (between,) if self.cursor.at_member and between != NOTHING else ()
+
+    def record(
+        self, n: int, *, late: Literal["raise", "take"] = "raise", metrics: Measure | None = None
+    ) -> tuple[Event, ...]:
+        """Move on by `n` updates that were done; take what is due.
+
+        Arguments:
+            n: updates since the last call, 0 or more.
+            late: as in `Cursor.advance`; a late snapshot is warned of.
+            metrics: gives what to record with a member.
+
+        Returns:
+            What was due, in order. The snapshot is already on its way; a `Restart` is the caller's to do.
+
+        Raises:
+            ProtocolError: as `Cursor.advance`, or an earlier member could not be written and this run cannot go on.
+            StoreError, DivergedError: an earlier member could not be written or was refused.
+            SystemExit: with code 143, after a SIGTERM and its resume point.
+        """
+        self._check()
+        before = self.cursor.step
+        if 0 <= n < self.cursor.until_next:
+            events = self.cursor.advance(n)
+        else:
+            events = self._arrive(lambda: self.cursor.advance(n, late=late), metrics)
+        if self._every and not events and self.cursor.step // self._every != before // self._every:
+            self._save_point()
+        if self._termination.received or self._group.size > 1:
+            self._leave_if_told(before)
+        return events
+
+    def finish(self, reason: str) -> tuple[Event, ...]:
+        """End early with an unfinished member, if an update was done since the last one."""
+        self._check()
+        return self._arrive(lambda: self.cursor.finish(reason), None)
+
+    def first_member(self) -> Tensors:
+        """Return the tensors of the run's first member, once they are on disk."""
+        self._writer.drain()
+        self._group.gather(None)
+        return SnapshotStore(self.directory).load(1)
+
+    @property
+    def store(self) -> SnapshotStore:
+        """The run directory, open to write; process 0's alone."""
+        if self._store is None:
+            raise ProtocolError("only process 0 writes the run directory")
+        return self._store
+
+    def batches(self, loader: Iterable[Batch], *, places_itself: bool = False) -> Iterator[Batch]:
+        """Yield the loader's batches until the program stops; after a resume, go on where it was.
+
+        See `Epochs.walk`.
+        """
+        return self.epochs.walk(loader, places_itself=places_itself)
+
+    def close(self, *, exact: bool = True) -> None:
+        """Wait for the writer, release the directory, and raise the writer's error if it has one.
+
+        Arguments:
+            exact: whether the source is as the last update left it, so that a run left early may go on from here.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        early = not self.cursor.finished and not self._failed
+        try:
+            if early and exact and self.cursor.step > self._point_at:
+                self._save_point()
+            self._writer.close()
+            if early:
+                self._say_where_it_was_left()
+        finally:
+            self._termination.remove()
+            if self._store is not None:
+                self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # An error may have come in the middle of an update, with half of the weights moved.
+        self.close(exact=kind is None)
+
+    def _open(self, resume: bool) -> None:
+        self._store: SnapshotStore | None = None
+        refusal: SnapcoreError | None = None
+        if self._leads:
+            try:
+                self._store = self._opened(resume)
+            except SnapcoreError as error:
+                refusal = error
+        told = self._group.gather(None if refusal is None else str(refusal))[0]
+        if refusal is not None:
+            raise refusal
+        if told is not None:
+            raise StoreError(told)
+
+    def _opened(self, resume: bool) -> SnapshotStore:
+        if not resume and (self.directory / MANIFEST).exists():
+            move_aside(self.directory)
+        store = SnapshotStore(self.directory, "w")
+        try:
+            self._accept(store)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def _accept(self, store: SnapshotStore) -> None:
+        if store.program is None and not store.members:
+            store.describe(program=self.program.to_dict())
+            return
+        instead = "choose another directory, or pass resume=False, which moves it aside and starts anew"
+        if store.stopped is not None:
+            held = f"a run that is {store.stopped} ({len(store.members)} members)"
+            raise StoreError(f"{self.directory} holds {held}: load it with SnapshotEnsemble.load, {instead}")
+        if store.program != self.program.to_dict():
+            raise StoreError(f"{self.directory} holds an unfinished run of another program: {instead}")
+        point = read_point(self.directory)
+        if point is not None:
+            self._accept_point(store, point)
+        elif store.members:
+            held = f"an unfinished run without a resume point ({len(store.members)} members)"
+            raise StoreError(f"{self.directory} holds {held}: {instead}")
+
+    def _accept_point(self, store: SnapshotStore, point: ResumePoint) -> None:
+        if point.state["framework"] != self._framework:
+            raise StoreError(
+                f"{self.directory} holds a run of {point.state['framework']}: go on with that, or choose another "
+                "directory"
+            )
+        indexes = [member.index for member in store.members]
+        if point.member is not None and point.member.index not in indexes:  # killed between the point and the manifest
+            store.add(point.member)
+            indexes.append(point.member.index)
+        taken = point.state["place"]["taken"]
+        if indexes != list(range(1, taken + 1)):
+            raise CorruptSnapshotError(
+                f"{self.directory} has members {indexes}, but its resume point counts {taken}: restore what is "
+                "missing, or choose another directory"
+            )
+
+    def _check(self) -> None:
+        try:
+            self._writer.check()
+        except BaseException:
+            self._failed = True
+            raise
+        if self._failed:
+            raise ProtocolError(
+                f"a member of {self.directory} could not be written, and this run cannot go on without it: start "
+                "again, and it goes on from the resume point before"
+            )
+
+    def _arrive(self, move: Callable[[], tuple[Event, ...]], metrics: Measure | None) -> tuple[Event, ...]:
+        before = self.cursor.state_dict()
+        events = move()
+        try:
+            self._take(events, metrics)
+        except BaseException:
+            self.cursor.load_state_dict(before)
+            raise
+        return events
+
+    def _take(self, events: tuple[Event, ...], metrics: Measure | None) -> None:
+        snapshot = next((event for event in events if isinstance(event, Snapshot)), None)
+        stop = next((event for event in events if isinstance(event, Stop)), None)
+        if snapshot is not None:
+            _warn_if_late(snapshot)
+            values = metrics(snapshot) if metrics else None
+            self._writer.reserve()
+            copy, state = self._copy(resumable=stop is None)
+            self._submit(lambda: self._write_member(snapshot, values, copy, state, stop))
+        elif stop is not None:
+            self._submit(lambda: self._write_stop(stop))
+        if stop is not None and not self._termination.received:
+            self._termination.remove()
+
+    def _copy(self, *, resumable: bool) -> tuple[Pending | Tensors, dict[str, Any] | None]:
+        dumped = None
+        if resumable:
+            if self._before_point is not None:
+                self._before_point()
+            own = {"random": self._random_state(), "data": self.epochs.state_dict()}
+            processes = self._group.gather(own)
+            dumped = self._source.dump()
+        if dumped is None:
+            return self._source.capture(), None
+        tensors, values = dumped
+        self._point_at = self.cursor.step
+        return tensors, {
+            "framework": self._framework,
+            "place": self.cursor.state_dict(),
+            "values": values,
+            "processes": processes,
+        }
+
+    def _save_point(self) -> None:
+        self._writer.reserve()
+        copy, state = self._copy(resumable=True)
+        if state is not None:
+            self._submit(lambda: self._write_point(copy, state))
+
+    def _submit(self, job: Callable[[], None]) -> None:
+        if self._leads:
+            self._writer.submit(job)
+
+    def _write_member(
+        self,
+        snapshot: Snapshot,
+        metrics: Mapping[str, float] | None,
+        copy: Pending | Tensors,
+        state: dict[str, Any] | None,
+        stop: Stop | None,
+    ) -> None:
+        tensors = resolved(copy)
+        weights = tensors if state is None else _weights(tensors)
+        check_finite(weights, f"member {snapshot.index} at update {snapshot.step}")
+        member = self.store.put(
+            weights,
+            index=snapshot.index,
+            step=snapshot.step,
+            due=snapshot.due,
+            cycle=snapshot.cycle,
+            lr=snapshot.lr,
+            framework=self._framework,
+            unfinished=snapshot.unfinished,
+            metrics=metrics,
+        )
+        if state is not None:
+            rest = {name: array for name, array in tensors.items() if not name.startswith(WEIGHTS)}
+            write_point(self.directory, ResumePoint(rest, state, member))
+        # Last: a member in the manifest is never newer than the resume point.
+        self.store.add(member, stopped=None if stop is None else stop.reason)
+        if stop is not None:
+            clear_point(self.directory)
+
+    def _write_point(self, copy: Pending | Tensors, state: dict[str, Any]) -> None:
+        tensors = resolved(copy)
+        check_finite(_weights(tensors), f"the resume point at update {state['place']['step']}")
+        write_point(self.directory, ResumePoint(tensors, state))
+
+    def _write_stop(self, stop: Stop) -> None:
+        self.store.describe(stopped=stop.reason)
+        clear_point(self.directory)
+
+    def _member_weights(self, index: int) -> Tensors:
+        return {WEIGHTS + name: array for name, array in SnapshotStore(self.directory).load(index).items()}
+
+    def _random_state(self) -> dict[str, Any]:
+        return {**random_state(), "framework": self._source.random_state()}
+
+    def _set_random_state(self, state: dict[str, Any]) -> None:
+        set_random_state(state)
+        self._source.set_random_state(state["framework"])
+
+    def _leave_if_told(self, before: int) -> None:
+        received = self._termination.received
+        if self._group.size > 1:
+            if self.cursor.step // AGREE_EVERY == before // AGREE_EVERY:
+                return
+            received = any(self._group.gather(received))
+        if received and self.cursor.step > before:
+            if self.cursor.step > self._point_at and not self.cursor.finished:
+                self._save_point()
+            self.close()
+            self._termination.leave()
+
+    def _say_where_it_was_left(self) -> None:
+        place = f"{self.cursor.step} of {self.program.updates} updates"
+        if self._point_at:
+            log.warning("%s: left after %s; it goes on after update %d", self.directory, place, self._point_at)
+        else:
+            log.warning("%s: left after %s; there is no resume point", self.directory, place)
+
+
+def restart_weights(restart: Restart, recorder: Recorder, fresh: Callable[[int], Tensors]) -> Tensors | None:
+    """Return the tensors to go on from; None means the weights as they are.
+
+    Arguments:
+        restart: what the recorder handed back.
+        recorder: that recorder.
+        fresh: gives new weights for a member number.
+    """
+    if restart.source == "previous":
+        return None
+    if restart.source == "first":
+        return recorder.first_member()
+    return fresh(recorder.cursor.taken + 1)
+
+
+def _weights(tensors: Tensors) -> Tensors:
+    weights = {name.removeprefix(WEIGHTS): array for name, array in tensors.items() if name.startswith(WEIGHTS)}
+    if not weights:
+        raise ProtocolError(f"a dump must name its weights {WEIGHTS}<name>, as rule 14 says; got {sorted(tensors)[:5]}")
+    return weights
+
+
+def _warn_if_late(snapshot: Snapshot) -> None:
+    delay = snapshot.step - snapshot.due
+    if delay:
+        warnings.warn(
+            f"member {snapshot.index} was due after update {snapshot.due} and is taken {delay} updates late, at a rate "
+            "that has jumped up: call run.step() after every optimizer step",
+            CycleWarning,
+            stacklevel=6,
+        )

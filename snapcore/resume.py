@@ -1,0 +1,119 @@
+"""The resume point: one file with all that a run needs to go on, replaced as a whole.
+
+At the end of a cycle the weights are those of the member just taken, and the point names it instead of repeating
+them. A point carries a digest of its own content; nothing in it is executable.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from snapcore import files
+from snapcore.errors import CorruptSnapshotError, StoreError
+from snapcore.manifest import Member
+
+Tensors = Mapping[str, NDArray[Any]]
+
+FOLDER = "resume"
+FILE = "point.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """All that a run needs to go on.
+
+    Arguments:
+        tensors: named host arrays; at a cycle's end without the weights, which are `member`'s.
+        state: plain JSON: the cursor's place, the backend's own values, random states, the place in the data.
+        member: the member taken at this very step, or None in the middle of a cycle.
+    """
+
+    tensors: Tensors
+    state: dict[str, Any]
+    member: Member | None = None
+
+
+def write_point(run: Path, point: ResumePoint) -> None:
+    """Replace the resume point of a run directory; the one before stays until the new one is on disk.
+
+    Raises:
+        StoreError: it cannot be written; the one before is as it was.
+    """
+    path = run / FOLDER / FILE
+    tensors = files.row_major(point.tensors) if point.tensors else {}
+    state = {"format": FORMAT, "state": point.state, "member": msgspec.to_builtins(point.member)}
+    text = json.dumps(state, allow_nan=False)
+    metadata = {"snapcore": text, "sha256": _digest(text, tensors)}
+    try:
+        path.parent.mkdir(exist_ok=True)
+        files.sweep(path.parent)
+        with files.replacing(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        size = sum(array.nbytes for array in tensors.values())
+        raise StoreError(
+            f"{path} could not be written, which needs {size} bytes: {error}; make room, then start again: the run "
+            "goes on from the point before"
+        ) from error
+
+
+def read_point(run: Path) -> ResumePoint | None:
+    """Return the resume point of a run directory, checked, or None if there is none.
+
+    Raises:
+        StoreError: it cannot be read, or another version of snapcore wrote it.
+        CorruptSnapshotError: it is not what was written.
+    """
+    path = run / FOLDER / FILE
+    if not path.exists():
+        return None
+    try:
+        metadata = files.metadata(path)
+        tensors = {name: array.copy() for name, array in files.map_tensors(path).items()}
+        text = metadata["snapcore"]
+        if metadata["sha256"] != _digest(text, tensors):
+            raise ValueError("it does not have the SHA-256 that was recorded")
+        content = json.loads(text)
+        if content["format"] != FORMAT:
+            raise StoreError(f"{path} has format {content['format']}, this snapcore reads {FORMAT}; upgrade snapcore")
+        member = msgspec.convert(content["member"], Member | None)
+        return ResumePoint(tensors, content["state"], member)
+    except OSError as error:
+        raise error if isinstance(error, StoreError) else StoreError(f"{path} cannot be read: {error}") from error
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise CorruptSnapshotError(
+            f"{path} is not what was written: {error}; restore it, or delete it to begin anew in another directory"
+        ) from error
+
+
+def clear_point(run: Path) -> None:
+    """Delete the resume point: a finished run has no use for it.
+
+    Raises:
+        StoreError: it cannot be deleted.
+    """
+    try:
+        if (run / FOLDER).exists():
+            shutil.rmtree(run / FOLDER)
+    except OSError as error:
+        raise StoreError(f"{run / FOLDER} cannot be deleted: {error}") from error
+
+
+def _digest(text: str, tensors: Tensors) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        array = tensors[name]
+        digest.update(f"{name} {array.dtype.name} {array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
