@@ -379,6 +379,8 @@ def _whole(name: str, value: Any) -> int:
 
 
 def _update_count(step: Any) -> int:
+    if step.__class__ is int and step >= 0:  # almost always, and asked for at every update
+        return step
     count = _whole("step", step)
     if count < 0:
         raise ScheduleError(f"step counts the updates done, 0 or more, got {count}")

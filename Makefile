@@ -1,0 +1,57 @@
+# The doors of the project. Each works in a fresh clone with nothing but Python 3.11 or newer, and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Two processes share a small machine best with one thread each.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: demo test lint bench docs clean
+
+demo: $(VENV)/.demo
+	$(BIN)/snapcore train
+
+test: $(VENV)/.test
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --cov --cov-report=term $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest --doctest-modules --pyargs snapcore snapcore_torch
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m pytest tests/bench --benchmark-only -q -s $(ARGS)
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --upgrade 'pip>=25.1'
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[torch,lab]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) -e '.[all]' --group test
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	$(PIP) --group lint
+	touch $@
+
+# torchensemble asks for torchvision, which it does not import and which needs a build of its own for every PyTorch.
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP) --group bench
+	$(PIP) --no-deps torchensemble
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.demo
+	$(PIP) --group docs
+	touch $@
+
+clean:
+	rm -rf $(VENV) docs/_build build dist
