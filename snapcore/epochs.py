@@ -14,7 +14,7 @@ class Epochs:
 
     The order of an epoch is drawn when it begins, from the random states of that moment. They are part of the place:
     going on draws the same order again, passes over the batches that were used, and puts the random states of the
-    moment back.
+    moment back. A batch is used once an update was made of it: one that was taken and left is given again.
 
     Arguments:
         cursor: says when to stop.
@@ -28,14 +28,20 @@ class Epochs:
         self._cursor = cursor
         self._random_state, self._set_random_state = random_state, set_random_state
         self._place: dict[str, Any] = {"epoch": 0, "batches": 0, "random": None}
+        self._given = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place as plain JSON: that of the batch in use."""
+        """Return the place as plain JSON: that after the last batch used."""
         return dict(self._place)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set the place; the next `walk` begins there."""
         self._place = dict(state)
+        self._given = self._place["batches"]
+
+    def settle(self) -> None:
+        """Count the batches given so far as used; called at every update."""
+        self._place["batches"] = self._given
 
     def walk(self, loader: Iterable[Batch], *, places_itself: bool = False) -> Iterator[Batch]:
         """Yield the batches of `loader`, epoch after epoch, until the cursor stops.
@@ -49,30 +55,36 @@ class Epochs:
         """
         while not self._cursor.finished:
             before, first = self._cursor.step, self._place["batches"]
-            for batch in self._epoch(loader, skip=0 if places_itself else first):
-                self._place["batches"] += 1
+            self._given = first
+            for batch in self._epoch(loader, places_itself):
+                self._given += 1
                 yield batch
                 if self._cursor.finished:
                     return
-            used = self._place["batches"]
-            if used == 0:
+            if self._given == 0:
                 raise ProtocolError("the loader gave no batch: it must be one that can be walked again every epoch")
-            if self._cursor.step == before and used > first:
-                raise ProtocolError(f"no update in {used} batches: call run.step() after every optimizer step")
+            if self._cursor.step == before and first == 0:
+                raise ProtocolError(f"no update in {self._given} batches: call run.step() after every optimizer step")
             self._place = {"epoch": self._place["epoch"] + 1, "batches": 0, "random": None}
 
-    def _epoch(self, loader: Iterable[Batch], *, skip: int) -> Iterator[Batch]:
+    def _epoch(self, loader: Iterable[Batch], places_itself: bool) -> Iterator[Batch]:
         set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(self._place["epoch"])
-        now = self._random_state()
-        if self._place["random"] is None:
+        now, begin = self._random_state(), self._place["random"]
+        if begin is None:
             self._place["random"] = now
-        if not skip:
+        if begin is None:
             return iter(loader)
-        self._set_random_state(self._place["random"])
+        if not places_itself:
+            self._set_random_state(begin)
         batches = iter(loader)
-        for _ in range(skip):
-            next(batches, None)
-        self._set_random_state(now)
+        if self._place["batches"]:  # at the very first one there is no later moment than this
+            if not places_itself:
+                self._pass_over(batches)
+            self._set_random_state(now)
         return batches
+
+    def _pass_over(self, batches: Iterator[Any]) -> None:
+        for _ in range(self._place["batches"]):
+            next(batches, None)

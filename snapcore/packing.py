@@ -32,6 +32,8 @@ def pack(value: Any, name: str, is_tensor: Callable[[Any], bool]) -> tuple[Any, 
 
 def _pack(value: Any, name: str, is_tensor: Callable[[Any], bool], tensors: dict[str, Any]) -> Any:
     if is_tensor(value):
+        while name in tensors:  # {"a/b": …} and {"a": {"b": …}} come to the same
+            name += "'"
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, Mapping) and all(type(key) in (str, int) for key in value):

@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 
 from snapcore.backend import Pending, resolved
 from snapcore.epochs import Epochs
-from snapcore.errors import CorruptSnapshotError, CycleWarning, ProtocolError, SnapcoreError, StoreError
+from snapcore.errors import CycleWarning, ProtocolError, SnapcoreError, StoreError
 from snapcore.group import Alone, Group
-from snapcore.manifest import MANIFEST
-from snapcore.protocol import NOTHING, Cursor, Event, Program, Restart, Snapshot, Stop, as_program
+from snapcore.hosted import Place
+from snapcore.opening import Opening
+from snapcore.protocol import FINISHED, NOTHING, Cursor, Event, Program, Restart, Snapshot, Stop, as_program
 from snapcore.randomness import random_state, set_random_state
 from snapcore.resume import ResumePoint, clear_point, read_point, write_point
 from snapcore.schedule import Schedule
-from snapcore.store import SnapshotStore, move_aside
+from snapcore.store import SnapshotStore
 from snapcore.tensors import check_finite
 from snapcore.termination import Termination
 from snapcore.writer import SnapshotWriter
@@ -77,10 +78,12 @@ class Recorder:
         resume_every: updates between two resume points, beside those at every cycle's end.
         before_point: called before every resume point, to bring what belongs to it up to date.
         group: the processes that train together; number 0 writes, and all must see its directory.
+        at: where a trainer that keeps checkpoints of its own begins or goes on, from `place`. Resume points and
+            SIGTERM are left to it. Members taken after that place are forgotten, to be taken again.
 
     Raises:
-        StoreError: the directory holds a finished run, another program's, or one that cannot be resumed; is being
-            written by another process; or cannot be written.
+        StoreError: the directory holds a finished run, another program's, or one that cannot be resumed; does not
+            hold the members that `at` counts; is being written by another process; or cannot be written.
         CorruptSnapshotError: what is there is not what was written.
     """
 
@@ -95,6 +98,7 @@ class Recorder:
         resume_every: int | None = None,
         before_point: Callable[[], None] | None = None,
         group: Group | None = None,
+        at: Place | None = None,
     ) -> None:
         if resume_every is not None and resume_every < 1:
             raise ProtocolError(f"resume_every counts updates, 1 or more; got {resume_every}")
@@ -104,12 +108,12 @@ class Recorder:
         self.epochs = Epochs(self.cursor, self._random_state, self._set_random_state)
         self._source, self._framework, self._every = source, framework, resume_every
         self._before_point, self._group = before_point, group or Alone()
-        self._leads = self._group.rank == 0
+        self._at, self._leads = at, self._group.rank == 0
         self._failed = self._closed = False
         self._point_at = 0
         self._open(resume)
         self._writer = SnapshotWriter()
-        self._termination = Termination()
+        self._termination = Termination(listen=at is None)
 
     def start(self) -> tuple[Event, ...]:
         """Go on where the run stopped, if it did; call it once, before the first update.
@@ -118,19 +122,21 @@ class Recorder:
             What is still to be done at this place: the restart that follows a member, or nothing.
 
         Raises:
-            CorruptSnapshotError, DataError: the resume point cannot be read or does not fit.
+            DataError: the resume point cannot be read or does not fit.
         """
+        if self._at is not None:
+            return self._start_at(self._at)
         point = read_point(self.directory)
         if point is None:
             return ()
         self.cursor.load_state_dict(point.state["place"])
+        self._point_at = self.cursor.step
         weights = {} if point.member is None else self._member_weights(point.member.index)
         self._source.load({**point.tensors, **weights}, point.state["values"])
         processes = point.state["processes"]
         own = processes[self._group.rank if len(processes) == self._group.size else 0]
         self.epochs.load_state_dict(own["data"])
         self._set_random_state(own["random"])
-        self._point_at = self.cursor.step
         log.info("%s goes on after update %d of %d", self.directory, self.cursor.step, self.program.updates)
         between = self.program.between
         return (between,) if self.cursor.at_member and between != NOTHING else ()
@@ -155,13 +161,15 @@ class Recorder:
         """
         self._check()
         before = self.cursor.step
+        if n:
+            self.epochs.settle()
         if 0 <= n < self.cursor.until_next:
             events = self.cursor.advance(n)
         else:
             events = self._arrive(lambda: self.cursor.advance(n, late=late), metrics)
         if self._every and not events and self.cursor.step // self._every != before // self._every:
             self._save_point()
-        if self._termination.received or self._group.size > 1:
+        if self._termination.received or (self._group.size > 1 and self._at is None):
             self._leave_if_told(before)
         return events
 
@@ -183,6 +191,22 @@ class Recorder:
             raise ProtocolError("only process 0 writes the run directory")
         return self._store
 
+    def place(self) -> Place:
+        """Return where the run is, for a trainer's own checkpoint, once the members before it are on disk.
+
+        Raises:
+            StoreError, DivergedError, ProtocolError: a member could not be written or was refused.
+        """
+        self._check()
+        self._writer.drain()
+        members = () if self._store is None else self._store.members
+        return Place(self.cursor.step, tuple(member.sha256 for member in members))
+
+    @property
+    def told_to_end(self) -> bool:
+        """Whether a SIGTERM has come; the next update recorded answers it."""
+        return self._termination.received
+
     def batches(self, loader: Iterable[Batch], *, places_itself: bool = False) -> Iterator[Batch]:
         """Yield the loader's batches until the program stops; after a resume, go on where it was.
 
@@ -195,21 +219,29 @@ class Recorder:
 
         Arguments:
             exact: whether the source is as the last update left it, so that a run left early may go on from here.
+
+        Raises:
+            StoreError, DivergedError: a member or the resume point could not be written or was refused.
+            SystemExit: with code 143, after a SIGTERM that no update has answered.
         """
         if self._closed:
             return
         self._closed = True
         early = not self.cursor.finished and not self._failed
         try:
-            if early and exact and self.cursor.step > self._point_at:
-                self._save_point()
-            self._writer.close()
+            try:
+                if early and exact and self.cursor.step > self._point_at:
+                    self._save_point()
+            finally:
+                self._writer.close()  # nothing is written any more once the directory is another's
             if early:
                 self._say_where_it_was_left()
         finally:
             self._termination.remove()
             if self._store is not None:
                 self._store.close()
+        if exact and self._termination.received:
+            self._termination.leave()
 
     def __enter__(self) -> Self:
         return self
@@ -225,7 +257,7 @@ class Recorder:
         refusal: SnapcoreError | None = None
         if self._leads:
             try:
-                self._store = self._opened(resume)
+                self._store = Opening(self.directory, self.program, self._framework, self._at).store(resume=resume)
             except SnapcoreError as error:
                 refusal = error
         told = self._group.gather(None if refusal is None else str(refusal))[0]
@@ -234,58 +266,20 @@ class Recorder:
         if told is not None:
             raise StoreError(told)
 
-    def _opened(self, resume: bool) -> SnapshotStore:
-        if not resume and (self.directory / MANIFEST).exists():
-            move_aside(self.directory)
-        store = SnapshotStore(self.directory, "w")
-        try:
-            self._accept(store)
-        except BaseException:
-            store.close()
-            raise
-        return store
-
-    def _accept(self, store: SnapshotStore) -> None:
-        if store.program is None and not store.members:
-            store.describe(program=self.program.to_dict())
-            return
-        instead = "choose another directory, or pass resume=False, which moves it aside and starts anew"
-        if store.stopped is not None:
-            held = f"a run that is {store.stopped} ({len(store.members)} members)"
-            raise StoreError(f"{self.directory} holds {held}: load it with SnapshotEnsemble.load, {instead}")
-        if store.program != self.program.to_dict():
-            raise StoreError(f"{self.directory} holds an unfinished run of another program: {instead}")
-        point = read_point(self.directory)
-        if point is not None:
-            self._accept_point(store, point)
-        elif store.members:
-            held = f"an unfinished run without a resume point ({len(store.members)} members)"
-            raise StoreError(f"{self.directory} holds {held}: {instead}")
-
-    def _accept_point(self, store: SnapshotStore, point: ResumePoint) -> None:
-        if point.state["framework"] != self._framework:
-            raise StoreError(
-                f"{self.directory} holds a run of {point.state['framework']}: go on with that, or choose another "
-                "directory"
-            )
-        indexes = [member.index for member in store.members]
-        if point.member is not None and point.member.index not in indexes:  # killed between the point and the manifest
-            store.add(point.member)
-            indexes.append(point.member.index)
-        taken = point.state["place"]["taken"]
-        if indexes != list(range(1, taken + 1)):
-            raise CorruptSnapshotError(
-                f"{self.directory} has members {indexes}, but its resume point counts {taken}: restore what is "
-                "missing, or choose another directory"
-            )
+    def _start_at(self, at: Place) -> tuple[Event, ...]:
+        members = SnapshotStore(self.directory).members[: len(at.members)]  # process 0 may be adding one already
+        last = members[-1].step if members else 0
+        stopped = FINISHED if last == self.program.updates else None
+        self.cursor.load_state_dict({"step": last, "taken": len(members), "last": last, "stopped": stopped})
+        if at.step:
+            log.info("%s goes on after update %d of %d", self.directory, at.step, self.program.updates)
+        # What is due at this very place was not taken before the checkpoint, which has the weights for it.
+        return self.record(at.step - last, late="take")
 
     def _check(self) -> None:
-        try:
-            self._writer.check()
-        except BaseException:
-            self._failed = True
-            raise
+        self._writer.check()
         if self._failed:
+            self._writer.drain()  # the error itself, if the writer's thread was just about to tell it
             raise ProtocolError(
                 f"a member of {self.directory} could not be written, and this run cannot go on without it: start "
                 "again, and it goes on from the resume point before"
@@ -317,7 +311,7 @@ class Recorder:
 
     def _copy(self, *, resumable: bool) -> tuple[Pending | Tensors, dict[str, Any] | None]:
         dumped = None
-        if resumable:
+        if resumable and self._at is None:
             if self._before_point is not None:
                 self._before_point()
             own = {"random": self._random_state(), "data": self.epochs.state_dict()}
@@ -335,6 +329,8 @@ class Recorder:
         }
 
     def _save_point(self) -> None:
+        if self._at is not None:
+            return
         self._writer.reserve()
         copy, state = self._copy(resumable=True)
         if state is not None:
@@ -342,7 +338,17 @@ class Recorder:
 
     def _submit(self, job: Callable[[], None]) -> None:
         if self._leads:
-            self._writer.submit(job)
+            self._writer.submit(lambda: self._write(job))
+
+    def _write(self, job: Callable[[], None]) -> None:
+        """Do a job of the writer's thread, unless one before has failed: a point would count a member that is not."""
+        if self._failed:
+            return
+        try:
+            job()
+        except BaseException:
+            self._failed = True
+            raise
 
     def _write_member(
         self,
@@ -394,20 +400,22 @@ class Recorder:
         self._source.set_random_state(state["framework"])
 
     def _leave_if_told(self, before: int) -> None:
+        if self.cursor.step == before:
+            return
         received = self._termination.received
         if self._group.size > 1:
-            if self.cursor.step // AGREE_EVERY == before // AGREE_EVERY:
+            if self.cursor.step // AGREE_EVERY == before // AGREE_EVERY and not self.cursor.finished:
                 return
             received = any(self._group.gather(received))
-        if received and self.cursor.step > before:
-            if self.cursor.step > self._point_at and not self.cursor.finished:
-                self._save_point()
+        if received:
             self.close()
             self._termination.leave()
 
     def _say_where_it_was_left(self) -> None:
         place = f"{self.cursor.step} of {self.program.updates} updates"
-        if self._point_at:
+        if self._at is not None:
+            log.warning("%s: left after %s; it goes on where the trainer's checkpoint does", self.directory, place)
+        elif self._point_at:
             log.warning("%s: left after %s; it goes on after update %d", self.directory, place, self._point_at)
         else:
             log.warning("%s: left after %s; there is no resume point", self.directory, place)

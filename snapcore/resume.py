@@ -48,12 +48,11 @@ def write_point(run: Path, point: ResumePoint) -> None:
     """Replace the resume point of a run directory; the one before stays until the new one is on disk.
 
     Raises:
-        StoreError: it cannot be written; the one before is as it was.
+        StoreError: it cannot be written, or its state is not plain JSON; the one before is as it was.
     """
     path = run / FOLDER / FILE
     tensors = files.row_major(point.tensors) if point.tensors else {}
-    state = {"format": FORMAT, "state": point.state, "member": msgspec.to_builtins(point.member)}
-    text = json.dumps(state, allow_nan=False)
+    text = _text({"format": FORMAT, "state": point.state, "member": msgspec.to_builtins(point.member)})
     metadata = {"snapcore": text, "sha256": _digest(text, tensors)}
     try:
         path.parent.mkdir(exist_ok=True)
@@ -91,7 +90,7 @@ def read_point(run: Path) -> ResumePoint | None:
         return ResumePoint(tensors, content["state"], member)
     except OSError as error:
         raise error if isinstance(error, StoreError) else StoreError(f"{path} cannot be read: {error}") from error
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise CorruptSnapshotError(
             f"{path} is not what was written: {error}; restore it, or delete it to begin anew in another directory"
         ) from error
@@ -108,6 +107,15 @@ def clear_point(run: Path) -> None:
             shutil.rmtree(run / FOLDER)
     except OSError as error:
         raise StoreError(f"{run / FOLDER} cannot be deleted: {error}") from error
+
+
+def _text(content: dict[str, Any]) -> str:
+    try:
+        return json.dumps(content, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise StoreError(
+            f"a resume point's state must be plain JSON: {error}; return arrays among a dump's tensors, and no NaN"
+        ) from error
 
 
 def _digest(text: str, tensors: Tensors) -> str:

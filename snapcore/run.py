@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from snapcore.backend import Backend, Data, Pending, Report, resolved
 from snapcore.errors import DivergedError
-from snapcore.group import Group
+from snapcore.group import Alone, Group
 from snapcore.protocol import Event, Program, Restart, Snapshot
 from snapcore.recorder import Recorder, restart_weights
 
@@ -82,7 +82,7 @@ def execute(
         before_point=before_point,
         group=group,
     ) as recorder:
-        pace = _Pace(recorder, resume_every)
+        pace = _Pace(recorder, resume_every, group or Alone())
         managed.state = managed.fresh(1)
         managed.restart(recorder.start(), recorder)
         while not recorder.cursor.finished:
@@ -126,10 +126,13 @@ class _Managed(Generic[State]):
 
 
 class _Pace:
-    """How far the native loop goes before it comes back: about a second, to a boundary, or to a resume point."""
+    """How far the native loop goes before it comes back: about a second, to a boundary, or to a resume point.
 
-    def __init__(self, recorder: Recorder, resume_every: int | None) -> None:
-        self._cursor, self._every = recorder.cursor, resume_every
+    Several processes go as far as process 0 does, whatever their own clocks say.
+    """
+
+    def __init__(self, recorder: Recorder, resume_every: int | None, group: Group) -> None:
+        self._cursor, self._every, self._group = recorder.cursor, resume_every, group
         self._updates, self._began = SLICE, math.nan
 
     def next_slice(self) -> tuple[int, int]:
@@ -139,6 +142,7 @@ class _Pace:
         elif now - self._began > _LONG:
             self._updates = max(self._updates // 2, SLICE)
         self._began = now
+        self._updates = self._group.gather(self._updates)[0]
         start = self._cursor.step
         stop = start + min(self._updates, self._cursor.until_next)
         return start, stop if self._every is None else min(stop, (start // self._every + 1) * self._every)

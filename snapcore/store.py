@@ -209,6 +209,22 @@ class SnapshotStore:
             manifest = self._manifest.with_member(member)
             self._write(manifest if stopped is None else msgspec.structs.replace(manifest, stopped=stopped))
 
+    def keep(self, count: int) -> None:
+        """Forget the members after the first `count`, and why the run ended; then delete their files.
+
+        Raises:
+            StoreError: the store is closed or only reads, or the disk refuses.
+        """
+        with self._turn:
+            self._check_may_write()
+            kept, forgotten = self.members[:count], self.members[count:]
+            self._write(msgspec.structs.replace(self._manifest, members=kept, stopped=None))
+            try:
+                for member in forgotten:
+                    (self._path / member.file).unlink(missing_ok=True)
+            except OSError as error:
+                raise StoreError(f"{self._path}: a forgotten member cannot be deleted: {error}") from error
+
     def file(self, index: int, *, verify: bool = True) -> Path:
         """Return the path of a member's file, once checked.
 

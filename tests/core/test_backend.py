@@ -37,7 +37,9 @@ def test_a_backend_of_a_third_party_is_loaded_by_its_name():
 
 @pytest.mark.usefixtures("registered")
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(BackendNotFoundError, match=r"no backend is called 'caffe'; known: elsewhere, third, torch\. A"):
+    with pytest.raises(
+        BackendNotFoundError, match=r"no backend is called 'caffe'; known: elsewhere, jax, third, torch\. A"
+    ):
         load_backend("caffe")
 
 
@@ -59,7 +61,9 @@ def test_a_third_party_s_missing_framework_is_named_without_an_extra():
 def test_a_backend_that_is_not_registered_at_all_names_the_extra(monkeypatch):
     monkeypatch.setattr(backend, "entry_points", lambda *, group: [])
     assert available_backends() == {}
-    with pytest.raises(BackendNotFoundError, match=r"known: torch\. Install it with: pip install 'snapcore\[torch\]'"):
+    with pytest.raises(
+        BackendNotFoundError, match=r"known: jax, torch\. Install it with: pip install 'snapcore\[torch\]'"
+    ):
         load_backend("torch")
 
 

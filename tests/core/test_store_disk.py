@@ -175,7 +175,7 @@ store.save({"w": np.zeros(10)}, index=2, step=20, cycle=1, lr=0.1, framework="nu
 
 @pytest.mark.parametrize("moment", ["flush", "manifest"])
 def test_a_writer_killed_while_saving_leaves_the_run_whole_and_the_next_one_sweeps_up(run, moment):
-    """PEERS.md, asked for by ten repositories: nothing corrupt after a kill, no orphan temporary files."""
+    """Asked for in ten repositories: nothing corrupt after a kill, no orphan temporary files."""
     process = start(KILLED, run, moment)
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()

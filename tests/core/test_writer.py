@@ -73,7 +73,10 @@ def test_jobs_are_done_in_order_in_one_other_thread(writer):
 
 
 def test_the_thread_does_not_keep_the_interpreter_alive(writer):
-    assert [thread.daemon for thread in threading.enumerate() if thread.name == "snapcore-writer"] == [True]
+    threads = []
+    writer.submit(lambda: threads.append(threading.current_thread()))
+    writer.drain()
+    assert [(thread.name, thread.daemon) for thread in threads] == [("snapcore-writer", True)]
 
 
 def test_the_loop_goes_on_while_a_job_runs_and_one_waits(writer, gate):

@@ -1,0 +1,193 @@
+"""SIGTERM: noted, answered once, and handed back."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from snapcore.termination import EXIT_CODE, Termination
+
+
+@pytest.fixture
+def earlier():
+    """A handler of the program's own; what it was told of."""
+    told = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    yield told
+    signal.signal(signal.SIGTERM, before)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def python(program):
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_signal_is_noted_and_ends_nothing(earlier):
+    termination = Termination()
+    assert not termination.received
+    terminate()
+    assert termination.received
+    assert earlier == []
+    termination.remove()
+
+
+def test_the_handler_before_is_put_back(earlier):
+    before = signal.getsignal(signal.SIGTERM)
+    termination = Termination()
+    assert signal.getsignal(signal.SIGTERM) != before
+    termination.remove()
+    assert signal.getsignal(signal.SIGTERM) is before
+    termination.remove()  # once is enough
+    terminate()
+    assert (earlier, termination.received) == ([signal.SIGTERM], False)
+
+
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
+def test_what_the_system_did_before_is_put_back(earlier, before):
+    signal.signal(signal.SIGTERM, before)
+    Termination().remove()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_where_another_language_had_the_signal_the_system_gets_it(earlier, monkeypatch):
+    install = signal.signal
+    monkeypatch.setattr(signal, "signal", lambda number, handler: install(number, handler) and None)
+    termination = Termination()
+    termination.remove()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_handler_that_came_later_stays_and_may_hand_the_signal_on(earlier):
+    termination = Termination()
+    ours = signal.getsignal(signal.SIGTERM)
+    heard = []
+
+    def later(number, frame):
+        heard.append(number)
+        ours(number, frame)
+
+    signal.signal(signal.SIGTERM, later)
+    terminate()
+    assert (len(heard), termination.received, earlier) == (1, True, [])
+    termination.remove()
+    assert signal.getsignal(signal.SIGTERM) is later
+    terminate()
+    assert (len(heard), len(earlier)) == (2, 1)
+
+
+def test_one_that_is_removed_before_a_later_one_keeps_no_signal_to_itself(earlier):
+    first, second = Termination(), Termination()
+    first.remove()
+    terminate()
+    assert (first.received, second.received) == (False, True)
+    second.remove()
+    terminate()
+    assert earlier == [signal.SIGTERM]
+
+
+def test_a_second_signal_goes_to_the_handler_before(earlier):
+    termination = Termination()
+    terminate()
+    terminate()
+    assert earlier == [signal.SIGTERM]
+    terminate()
+    assert earlier == [signal.SIGTERM] * 2
+    assert termination.received
+
+
+def test_a_second_signal_is_ignored_where_signals_were(earlier):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    termination = Termination()
+    terminate()
+    terminate()
+    assert termination.received
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+
+
+def test_a_second_signal_is_the_systems_where_there_is_no_handler(earlier, monkeypatch):
+    raised = []
+    monkeypatch.setattr(signal, "raise_signal", lambda number: raised.append((number, signal.getsignal(number))))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    Termination()
+    terminate()
+    assert raised == []
+    terminate()
+    assert raised == [(signal.SIGTERM, signal.SIG_DFL)]
+
+
+def test_a_second_signal_ends_a_program_that_has_no_handler():
+    ended = python(
+        "import os, signal\n"
+        "from snapcore.termination import Termination\n"
+        "termination = Termination()\n"
+        "for _ in range(2):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print(termination.received, flush=True)\n"
+    )
+    assert (ended.returncode, ended.stdout) == (-signal.SIGTERM, "True\n")
+
+
+def test_a_forked_process_dies_of_it_and_the_parent_hears_nothing():
+    ended = python(
+        "import os, signal\n"
+        "from snapcore.termination import Termination\n"
+        "termination = Termination()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    os._exit(0)\n"
+        "print(os.WTERMSIG(os.waitpid(child, 0)[1]), termination.received)\n"
+    )
+    assert (ended.returncode, ended.stdout) == (0, f"{signal.SIGTERM:d} False\n"), ended.stderr
+
+
+def test_leaving_gives_the_handler_before_its_turn_and_exits_as_the_signal_would(earlier):
+    before = signal.getsignal(signal.SIGTERM)
+    termination = Termination()
+    with pytest.raises(SystemExit) as caught:
+        termination.leave()
+    assert caught.value.code == EXIT_CODE == 143
+    assert earlier == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_leaving_exits_where_there_was_no_handler(earlier):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with pytest.raises(SystemExit):
+        Termination().leave()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_in_a_thread_nothing_is_installed_and_leaving_ends_the_thread_alone(earlier):
+    before, caught = signal.getsignal(signal.SIGTERM), []
+
+    def run():
+        termination = Termination()
+        caught.append(signal.getsignal(signal.SIGTERM))
+        termination.remove()
+        try:
+            termination.leave()
+        except SystemExit as error:
+            caught.append(error.code)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert caught == [before, 143]
+    assert earlier == []
+
+
+def test_one_made_in_the_main_thread_is_not_removed_from_another(earlier):
+    termination = Termination()
+    installed = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=termination.remove)
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) == installed
+    termination.remove()
