@@ -1,7 +1,6 @@
 """Several members, one module: the mean of their probabilities."""
 
 import copy
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,8 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snapcore import DataError, StoreError
-from snapcore.store import SnapshotStore
-from snapcore_torch.state import check_module_fit, named_tensors, plain_name, unwrapped
+from snapcore.members import Directory, member_files
+from snapcore.tuning import ROUNDS, TOLERANCE, TuningReport, deviation, tune
+from snapcore_torch.state import check_module_fit, named_tensors, plain_name, to_numpy, unwrapped
+from snapcore_torch.strategies import STRATEGIES, Stacked
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -24,6 +25,8 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 _HALF = (torch.float16, torch.bfloat16)  # averaged in float32
+_ROUNDING = 1e-3
+"""What two orders of the same sums may differ by; a strategy that goes wrong is off by much more."""
 
 
 class SnapshotEnsemble(nn.Module):
@@ -33,7 +36,7 @@ class SnapshotEnsemble(nn.Module):
     `SnapshotEnsemble.load`, which neither changes nor keeps the model it is given.
 
     Calling it gives mean probabilities, shape [batch, …, classes]; `members(…)` gives each member's, with the
-    member axis first.
+    member axis first. `tune(…)` measures the strategies on a batch and keeps the fastest.
 
     Example:
         >>> import tempfile, torch
@@ -59,6 +62,7 @@ class SnapshotEnsemble(nn.Module):
         *,
         activation: str | Activation = "softmax",
         output: Callable[[Any], Tensor] | None = None,
+        strategy: str = "loop",
     ) -> None:
         super().__init__()
         self.models = nn.ModuleList(members).requires_grad_(False)
@@ -69,12 +73,15 @@ class SnapshotEnsemble(nn.Module):
         self._activation = _ACTIVATIONS[activation] if isinstance(activation, str) else activation
         self._output = output
         self._unchecked = activation == "softmax"
+        self._stacked: Stacked | None = None
+        self._strategy = _known(strategy)
+        self._unproven = True
         super().train(False)
 
     @classmethod
     def load(
         cls,
-        directories: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        directories: Directory | Iterable[Directory],
         model: nn.Module,
         *,
         last: int | None = None,
@@ -92,58 +99,130 @@ class SnapshotEnsemble(nn.Module):
             activation: from outputs to probabilities: `"softmax"` over the last axis, `"sigmoid"`, `"identity"`
                 or a callable.
             output: picks the tensor when the model returns something else, such as `lambda o: o.logits`.
-            strategy: `"loop"`, one member after the other.
+            strategy: `"loop"`, one member after the other; or `"stacked"`, all in one vectorised call, which needs
+                the weights a second time, cannot run everything, and is checked against the loop on the first batch.
 
         Raises:
             StoreError: a directory holds no run, or fewer than `last` members.
             CorruptSnapshotError: a file is not what was written.
             DataError: a member's names and shapes are not the model's, or an argument is unknown.
         """
-        if strategy != "loop":
-            raise DataError(f"strategy must be 'loop', got {strategy!r}")
-        paths = [directories] if isinstance(directories, str | os.PathLike) else list(directories)
-        files = [file for path in paths for file in _member_files(Path(path), last)]
-        return cls(_modules(model, files), activation=activation, output=output)
+        _known(strategy)
+        files = member_files(directories, framework="torch", last=last)
+        return cls(_modules(model, files), activation=activation, output=output, strategy=strategy)
+
+    @property
+    def strategy(self) -> str:
+        """How the members are run."""
+        return self._strategy
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the members' mean probabilities."""
-        each = self._each(*args, **kwargs)
-        total = next(each)
-        for probabilities in each:
-            total = total + probabilities  # not in place: the first may be the caller's own tensor
-        return total / len(self.models)
+        """Return the members' mean probabilities.
+
+        Raises:
+            DataError: the first batch's outputs already are probabilities, or the strategy cannot run the model.
+        """
+        if self._strategy == "stacked":
+            return self._run_stacked(args, kwargs).mean(0)
+        return self._mean(args, kwargs)
 
     def members(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return each member's probabilities, shape [members, batch, …]."""
-        return torch.stack(list(self._each(*args, **kwargs)))
+        if self._strategy == "stacked":
+            return self._run_stacked(args, kwargs)
+        return torch.stack(list(self._each(args, kwargs)))
+
+    def tune(self, *args: Any, tolerance: float = TOLERANCE, rounds: int = ROUNDS, **kwargs: Any) -> TuningReport:
+        """Measure every strategy on a batch, keep the fastest that gives what the loop gives, and return the report.
+
+        Arguments:
+            *args: the batch, as for a call; measure what you will use, also its size.
+            tolerance: the largest deviation from the loop, max |p − q| / max |q|, with which a strategy may be kept.
+            rounds: timed calls of each, in turns.
+            **kwargs: as for a call.
+        """
+
+        def run(strategy: str) -> Tensor:
+            result = self._stack(args, kwargs).mean(0) if strategy == "stacked" else self._mean(args, kwargs)
+            if result.is_cuda:
+                torch.cuda.synchronize(result.device)
+            return result
+
+        with torch.no_grad():
+            report = tune(run, STRATEGIES, to_host=to_numpy, tolerance=tolerance, rounds=rounds)
+        self._strategy, self._unproven = report.chosen, False
+        if report.chosen != "stacked":
+            self._stacked = None
+        return report
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002
         """Stay in evaluation mode: members are not trained on."""
         return self
 
-    def _each(self, *args: Any, **kwargs: Any) -> Iterator[Tensor]:
+    def _mean(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        each = self._each(args, kwargs)
+        total = next(each)
+        for probabilities in each:
+            total = total + probabilities  # not in place: the first may be the caller's own tensor
+        return total / len(self.models)
+
+    def _each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
         for model in self.models:
             outputs = model(*args, **kwargs)
-            if self._output is not None:
-                outputs = self._output(outputs)
             if self._unchecked:
-                _refuse_probabilities(outputs)
+                _refuse_probabilities(self._picked(outputs))
                 self._unchecked = False
-            yield self._activation(outputs.float() if outputs.dtype in _HALF else outputs)
+            yield self._probabilities(outputs)
+
+    def _picked(self, outputs: Any) -> Tensor:
+        return outputs if self._output is None else self._output(outputs)
+
+    def _probabilities(self, outputs: Any) -> Tensor:
+        outputs = self._picked(outputs)
+        return self._activation(outputs.float() if outputs.dtype in _HALF else outputs)
+
+    def _run_stacked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        found = self._stack(args, kwargs)
+        if self._unproven:
+            self._prove(found, args, kwargs)
+        return found
+
+    def _stack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if self._stacked is None:
+            self._stacked = Stacked(self.models)  # type: ignore[arg-type]  # a ModuleList is a sequence, undeclared
+        return self._stacked(self._probabilities, *args, **kwargs)
+
+    def _prove(self, found: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with torch.no_grad():
+            wanted = torch.stack(list(self._each(args, kwargs)))
+        off = deviation(to_numpy(found), to_numpy(wanted))
+        limit = max(_ROUNDING, 8 * _precision(self.models))
+        if not off <= limit:
+            raise DataError(
+                f"stacked members give something else than the loop, by {off:.2g} of the largest value: the model "
+                "refers to weights outside its parameters and buffers, or is not in one precision; use strategy='loop'"
+            )
+        self._unproven = False
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._stacked = None  # the members move or change their type
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._stacked = None  # the members get other weights
+        super()._load_from_state_dict(*args, **kwargs)
 
 
-def _member_files(path: Path, last: int | None) -> list[Path]:
-    store = SnapshotStore(path)
-    finished = [member for member in store.members if not member.unfinished]
-    for member in finished:
-        if member.framework != "torch":
-            raise DataError(f"member {member.index} of {path} was written by {member.framework}, not by torch")
-    if not finished:
-        raise StoreError(f"{path} holds no finished member: train until the first cycle ends")
-    count = len(finished) if last is None else last
-    if not 1 <= count <= len(finished):
-        raise StoreError(f"last must be in 1..{len(finished)}, the finished members of {path}; got {last}")
-    return [store.file(member.index) for member in finished[-count:]]
+def _known(strategy: str) -> str:
+    if strategy not in STRATEGIES:
+        raise DataError(f"strategy must be one of {list(STRATEGIES)}, got {strategy!r}")
+    return strategy
+
+
+def _precision(models: nn.ModuleList) -> float:
+    types = {tensor.dtype for tensor in models.parameters() if tensor.is_floating_point()}
+    return max((torch.finfo(dtype).eps for dtype in types), default=0.0)
 
 
 def _modules(model: nn.Module, files: Iterable[Path]) -> Iterator[nn.Module]:
