@@ -7,8 +7,9 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError("snapcore_torch needs PyTorch: pip install 'snapcore[torch]'", name="torch") from error
 
+from snapcore_torch.distributed import TorchGroup
 from snapcore_torch.ensemble import SnapshotEnsemble
 from snapcore_torch.schedule import SnapshotLR
 from snapcore_torch.snapshots import SnapshotRun
 
-__all__ = ["SnapshotEnsemble", "SnapshotLR", "SnapshotRun"]
+__all__ = ["SnapshotEnsemble", "SnapshotLR", "SnapshotRun", "TorchGroup"]

@@ -13,7 +13,12 @@ from torch.optim import SGD, Optimizer
 
 from snapcore import DataError, Program
 from snapcore.backend import Data, Pending, Report, resolved
+from snapcore.group import Group
+from snapcore_torch.averaging import AverageCount
+from snapcore_torch.distributed import current_group
+from snapcore_torch.feeds import DeviceFeed
 from snapcore_torch.models import MODELS, Factory
+from snapcore_torch.options import UpdateOptions
 from snapcore_torch.schedule import GroupRates
 from snapcore_torch.state import (
     Copy,
@@ -25,10 +30,9 @@ from snapcore_torch.state import (
     set_random_state,
     to_torch,
 )
-from snapcore_torch.training import DeviceFeed, Loop
+from snapcore_torch.training import Loop
 
 Tensors = Mapping[str, NDArray[Any]]
-Precision = Literal["float32", "bfloat16"]
 _EVALUATION_BATCH = 1024
 
 
@@ -40,12 +44,18 @@ class TorchState:
     optimizer: Optimizer
     loop: Loop
     device: torch.device
+    group: Group
     random: dict[str, Any]
     """What dropout and the like draw from: the run's own, whatever else the process does."""
 
 
 class TorchBackend:
-    """Train natively in PyTorch, on the GPU if there is one."""
+    """Train natively in PyTorch, on the GPU if there is one.
+
+    Under `torchrun`, once `torch.distributed` is initialized, the processes share every batch: each computes its part
+    and the gradients are averaged. Give `execute` the same `group=TorchGroup()`. Batch statistics are then those of a
+    process's part, and a member's are process 0's.
+    """
 
     name = "torch"
 
@@ -65,10 +75,10 @@ class TorchBackend:
         seed: int,
         member: int = 1,
         device: str | None = None,
-        precision: Precision = "float32",
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
         optimizer: Callable[[nn.Module], Optimizer] | None = None,
+        **options: Any,
     ) -> TorchState:
         """Return the state before the first update.
 
@@ -79,23 +89,25 @@ class TorchBackend:
             seed: of the weights, together with `member`.
             member: whose fresh weights to make, from 1.
             device: such as `"cuda"` or `"cpu"`; by default the GPU if there is one.
-            precision: what to compute in; weights stay float32.
             momentum: of SGD, in Nesterov's form.
             weight_decay: of SGD.
             optimizer: makes another optimizer for the model.
+            options: how an update is done, see `UpdateOptions`.
 
         Raises:
-            DataError: no such model.
+            DataError: no such model, or an option that the data does not allow.
         """
+        how, group = UpdateOptions(**options), current_group()
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        _check_batches(data, how, group)
         module = _build(model, tuple(data.x.shape[1:]), data.n_classes, seed, member).to(place)
         chosen = optimizer(module) if optimizer else _sgd(module, program.schedule.lr, momentum, weight_decay)
-        autocast = torch.bfloat16 if precision == "bfloat16" else None
-        loop = Loop(module, chosen, DeviceFeed(data, place), program.schedule, GroupRates(chosen), autocast=autocast)
+        feed = DeviceFeed(data, place, group)
+        loop = Loop(module, chosen, feed, program.schedule, GroupRates(chosen), options=how, group=group)
         with torch.random.fork_rng():
-            torch.manual_seed(_seed(seed, 0))
+            torch.manual_seed(_seed(seed, 0, *([group.rank] if group.rank else [])))
             random = random_state()
-        return TorchState(module, chosen, loop, place, random)
+        return TorchState(module, chosen, loop, place, group, random)
 
     def train(self, state: TorchState, start: int, stop: int, *, report: Report) -> TorchState:
         """Do updates `start … stop − 1`."""
@@ -104,8 +116,8 @@ class TorchBackend:
         return state
 
     def capture(self, state: TorchState) -> Copy:
-        """Return a copy of parameters and buffers."""
-        return Copy(named_tensors(state.model))
+        """Return a copy of parameters and buffers: the averages, if there are any."""
+        return Copy(named_tensors(state.loop.members))
 
     def restore(
         self,
@@ -114,33 +126,57 @@ class TorchBackend:
         *,
         optimizer: Literal["keep", "reset"],
     ) -> TorchState:
-        """Go on from `tensors`, the optimizer's moments kept or reset."""
+        """Go on from `tensors`, the optimizer's moments kept or reset; averages begin anew with other weights."""
         if tensors is not None:
             load_weights(state.model, tensors, "the member")
+            if state.loop.average is not None:
+                load_weights(state.loop.average, tensors, "the member")
+                AverageCount(state.loop.average).begin_anew()
         if optimizer == "reset":
             state.optimizer.state.clear()
         return state
 
     def dump(self, state: TorchState) -> tuple[Copy, dict[str, Any]]:
-        """Return a copy of weights, optimizer and random states."""
-        copy, values = dump_training(state.model, state.model, state.optimizer, {})
-        return copy, {"training": values, "random": state.random}
+        """Return a copy of weights, optimizer, loss scale, averages and random states; process 0's alone is full."""
+        random = state.group.gather(state.random)
+        if state.group.rank:
+            return Copy({}), {}
+        copy, values = dump_training(*_parts(state))
+        return copy, {"training": values, "random": random}
 
     def load(self, state: TorchState, tensors: Pending | Tensors, values: dict[str, Any]) -> TorchState:
         """Go on from what `dump` returned."""
-        load_training(state.model, state.model, state.optimizer, {}, resolved(tensors), values["training"])
-        state.random = values["random"]
+        load_training(*_parts(state), resolved(tensors), values["training"])
+        if state.group.rank < len(values["random"]):  # a process that was not there before draws from its own seed
+            state.random = values["random"][state.group.rank]
         return state
 
     def logits(self, state: TorchState, x: NDArray[Any]) -> NDArray[np.float32]:
-        """Return the outputs in evaluation mode; the state is left alone."""
-        was_training = state.model.training
-        state.model.eval()
+        """Return what a member taken now would, in evaluation mode and float32; the state is left alone."""
+        module = state.loop.members
+        was_training = module.training
+        module.eval()
         with torch.inference_mode():
             batches = torch.split(to_torch(x), _EVALUATION_BATCH)
-            parts = [state.model(batch.to(state.device)) for batch in batches]
-        state.model.train(was_training)
+            parts = [module(batch.to(state.device)) for batch in batches]
+        module.train(was_training)
         return torch.cat(parts).float().cpu().numpy()
+
+
+def _parts(state: TorchState) -> tuple[nn.Module, nn.Module, Optimizer, dict[str, Any]]:
+    loop = state.loop
+    extras: dict[str, Any] = {"scaler": loop.scaler} if loop.scaler.is_enabled() else {}
+    if loop.average is not None:
+        extras["average"] = AverageCount(loop.average)
+    return loop.members, state.model, state.optimizer, extras
+
+
+def _check_batches(data: Data, options: UpdateOptions, group: Group) -> None:
+    share = data.indices(0, 1).shape[1] // group.size
+    if options.accumulate > share:
+        raise DataError(f"accumulate must be in 1..{share}, a process's examples per update; got {options.accumulate}")
+    if options.channels_last and data.x.ndim != 4:
+        raise DataError(f"channels_last needs images, [examples, channels, height, width]; got shape {data.x.shape}")
 
 
 def _sgd(module: nn.Module, lr: float, momentum: float, weight_decay: float) -> SGD:

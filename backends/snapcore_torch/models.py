@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from snapcore import DataError
+
 Factory = Callable[[tuple[int, ...], int], nn.Module]
 
 
@@ -27,22 +29,32 @@ def mlp(input_shape: tuple[int, ...], n_classes: int) -> nn.Module:
 
 
 def cnn(input_shape: tuple[int, ...], n_classes: int) -> nn.Module:
-    """Return three convolutions with batch normalisation, pooled between, and a linear head.
+    """Return three convolutions with batch normalisation, each pooled, and a head with one hidden layer.
 
     Arguments:
-        input_shape: of one example: (channels, height, width), each side 4 or more.
+        input_shape: of one example: (channels, height, width), each side 8 or more.
         n_classes: width of the output, which are logits.
+
+    Raises:
+        DataError: the examples are no images, or smaller than 8 × 8.
     """
-    widths = (input_shape[0], 16, 32, 64)
-    blocks = [_block(before, after) for before, after in itertools.pairwise(widths)]
-    pool = nn.MaxPool2d(2)
+    if len(input_shape) != 3 or min(input_shape[1:]) < 8:
+        raise DataError(f"cnn needs examples of (channels, height, width), each side 8 or more; got {input_shape}")
+    widths = (input_shape[0], 32, 64, 128)
+    pooled = (input_shape[1] // 8) * (input_shape[2] // 8)
     return nn.Sequential(
-        blocks[0], pool, blocks[1], pool, blocks[2], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, n_classes)
+        *itertools.starmap(_block, itertools.pairwise(widths)),
+        nn.Flatten(),
+        nn.Linear(widths[-1] * pooled, 128),
+        nn.ReLU(),
+        nn.Linear(128, n_classes),
     )
 
 
 def _block(before: int, after: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)
+    )
 
 
 MODELS: dict[str, Factory] = {"mlp": mlp, "cnn": cnn}

@@ -119,6 +119,11 @@ class SnapshotLR(LRScheduler):
         self._rates = GroupRates(optimizer, reference_lr)
         super().__init__(optimizer, last_epoch)
 
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule that it follows."""
+        return self._schedule
+
     def get_lr(self) -> list[float | Tensor]:
         """Return each group's rate for the update that follows `last_epoch` others."""
         if not self._get_lr_called_within_step:

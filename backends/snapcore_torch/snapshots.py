@@ -1,6 +1,7 @@
 """A run for a training loop of your own: it counts, sets the rate, takes the snapshots, and goes on after a kill."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -9,10 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from snapcore import Program, ProtocolError, Schedule
+from snapcore.hosted import Place
 from snapcore.protocol import Event, Restart
 from snapcore.recorder import Recorder, restart_weights
+from snapcore_torch.averaging import AverageCount
+from snapcore_torch.counting import UpdateCount, inner
+from snapcore_torch.distributed import copy_from_first, current_group, refuse_sharded
+from snapcore_torch.loaders import generators, with_new_workers
 from snapcore_torch.schedule import GroupRates
 from snapcore_torch.state import (
     Copy,
@@ -21,6 +28,7 @@ from snapcore_torch.state import (
     load_weights,
     named_tensors,
     random_state,
+    set_generators,
     set_random_state,
 )
 
@@ -37,6 +45,10 @@ class SnapshotRun:
     loop. No scheduler is needed beside it. Opening the directory of an unfinished run again restores weights,
     optimizer, rate and random states; with `batches`, the order of the data too.
 
+    Where `torch.distributed` is initialized, as under `torchrun`, its processes train one model together: each makes a
+    run for the same directory and calls `step()` at the same updates. Process 0 writes, and the others copy nothing. A
+    member's batch statistics are process 0's, as are those of a resume point; random states are each process's own.
+
     Arguments:
         directory: the run's own; created.
         cycles_or_program: a schedule, or a program from `snapcore.program`.
@@ -49,13 +61,16 @@ class SnapshotRun:
         scaler: a `GradScaler`; updates that it skips are not counted, and its state is part of resume points.
         state: more objects with `state_dict` and `load_state_dict` for resume points, by name; a loader among them
             is taken to know its own place.
-        weights: another module whose weights become the members, such as an `AveragedModel` (EMA). A wrapper's own
-            state belongs into `state=`.
+        weights: another module whose weights become the members, such as an `AveragedModel` (EMA); its count is part of
+            resume points, and a restart gives it the new weights too.
+        at: where a trainer that keeps checkpoints of its own begins or goes on, from `place()`; it has restored weights
+            and optimizer by then. Resume points and SIGTERM are left to it.
 
     Raises:
         StoreError: the directory holds a finished run or another program's, is being written, or cannot be written.
         ProtocolError: the program restarts from fresh weights and `init` is missing; several optimizers.
-        DataError: a state holds something that could only be pickled, or does not fit what was saved.
+        DataError: a state holds something that could only be pickled, or does not fit what was saved; the weights are
+            sharded over several processes.
 
     Example:
         >>> import tempfile, torch
@@ -85,6 +100,7 @@ class SnapshotRun:
         scaler: torch.amp.GradScaler | None = None,
         state: Mapping[str, Any] | None = None,
         weights: nn.Module | None = None,
+        at: Place | None = None,
     ) -> None:
         program = cycles_or_program
         if isinstance(program, Program) and program.between.source == "fresh" and init is None:
@@ -97,22 +113,34 @@ class SnapshotRun:
                 f"one torch.optim.Optimizer is counted, got {type(optimizer).__name__}: make one optimizer with a "
                 "parameter group for each, or give the others to a scheduler of their own and to state="
             )
+        optimizer = inner(optimizer)
         self._model, self._optimizer, self._init = model, optimizer, init
         self._members = model if weights is None else weights
-        self._extras = {**(state or {}), **({} if scaler is None else {"scaler": scaler})}
+        self._average = AverageCount(weights) if isinstance(weights, AveragedModel) else None
+        own = {"scaler": scaler, "average": self._average}
+        self._extras = {**(state or {}), **{name: each for name, each in own.items() if each is not None}}
+        refuse_sharded(model)
         named_tensors(self._members)
         self._rates = GroupRates(optimizer, reference_lr)
+        self._group = current_group()
+        self._source = _Source(self._members, model, optimizer, self._extras, writes=self._group.rank == 0)
         self._recorder = Recorder(
-            directory, program, self._Source(self), framework="torch", resume=resume, resume_every=resume_every
+            directory,
+            program,
+            self._source,
+            framework="torch",
+            resume=resume,
+            resume_every=resume_every,
+            group=self._group,
+            at=at,
         )
         self._cursor = self._recorder.cursor
-        self._counted = 0
         try:
             self._restart(self._recorder.start())
         except BaseException:
             self._recorder.close(exact=False)
             raise
-        self._hook = optimizer.register_step_post_hook(self._count)
+        self._count = UpdateCount(optimizer)
         self._rates.apply(self._cursor.lr)
 
     @property
@@ -142,7 +170,8 @@ class SnapshotRun:
             StoreError, DivergedError: an earlier member could not be written or was refused.
             SystemExit: with code 143, after a SIGTERM and its resume point.
         """
-        n, self._counted = self._counted if updates is None else updates, 0
+        counted = self._count.take()
+        n = counted if updates is None else updates
         events = self._recorder.record(n, late="take")
         if events:
             self._restart(events)
@@ -152,16 +181,25 @@ class SnapshotRun:
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the loader's batches, epoch after epoch, until the program stops; after a resume, go on where it was.
 
-        The order is exact if it depends on the random states (`shuffle=True`), on the loader's or sampler's own
-        `generator`, on `set_epoch`, or on a loader's own state given in `state=`.
+        The order is exact if it is drawn when an epoch begins, from the random states (`shuffle=True`) or from a
+        `generator` of the loader, its data set or its samplers; if it depends on `set_epoch`; or if it is kept in the
+        loader's own state, given in `state=`. So is what the data set draws for each batch, in this process or in
+        workers. Workers are started anew every epoch, those of `persistent_workers=True` too: nobody can save the
+        random streams of older ones.
         """
         places_itself = any(loader is stateful for stateful in self._extras.values())
-        return self._recorder.batches(loader, places_itself=places_itself)
+        self._source.use(loader)
+        return self._recorder.batches(with_new_workers(loader), places_itself=places_itself)
 
     def extend(self) -> None:
         """Take in parameter groups that were added to the optimizer, at their ratio to the reference rate."""
         self._rates.extend()
         self._rates.apply(self._cursor.lr)
+
+    def place(self) -> Place:
+        """Return where the run is, for a trainer's own checkpoint, once the members before it are on disk."""
+        place = self._recorder.place()
+        return replace(place, step=place.step + self._count.waiting)
 
     def finish(self, reason: str) -> None:
         """End early, with an unfinished member if an update was done since the last one."""
@@ -169,7 +207,7 @@ class SnapshotRun:
 
     def close(self) -> None:
         """Wait for the writer and raise its error, if it has one; a run left early may be opened again."""
-        self._hook.remove()
+        self._count.remove()
         self._recorder.close()
 
     def __enter__(self) -> Self:
@@ -178,45 +216,63 @@ class SnapshotRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hook.remove()
+        self._count.remove()
         self._recorder.__exit__(kind, error, trace)
-
-    def _count(self, optimizer: Optimizer, *_: object) -> None:
-        # A fused optimizer is called even when the scaler found infinities, and skips the update itself.
-        skipped = getattr(optimizer, "found_inf", None)
-        if skipped is None or not skipped.item():
-            self._counted += 1
 
     def _restart(self, events: tuple[Event, ...]) -> None:
         for event in events:
             if isinstance(event, Restart):
                 tensors = restart_weights(event, self._recorder, self._fresh)
                 if tensors is not None:
-                    load_weights(self._model, tensors, f"the {event.source} member")
+                    self._load(tensors, f"the {event.source} member")
                 if event.optimizer == "reset":
                     self._optimizer.state.clear()
+
+    def _load(self, tensors: Tensors, what: str) -> None:
+        for module in dict.fromkeys((self._model, self._members)):
+            load_weights(module, tensors, what)
+            copy_from_first(named_tensors(module), self._group)
+        if self._average is not None:
+            self._average.begin_anew()
 
     def _fresh(self, member: int) -> Tensors:
         weights = self._init(member)  # type: ignore[misc]  # refused at construction if missing
         return Copy(named_tensors(weights) if isinstance(weights, nn.Module) else weights).resolve()
 
-    class _Source:
-        """What is being trained, as the recorder sees it."""
 
-        def __init__(self, run: "SnapshotRun") -> None:
-            self._parts = (run._members, run._model, run._optimizer, run._extras)
+class _Source:
+    """What is being trained, as the recorder sees it."""
 
-        def capture(self) -> Copy:
-            return Copy(named_tensors(self._parts[0]))
+    def __init__(
+        self, members: nn.Module, model: nn.Module, optimizer: Optimizer, extras: Mapping[str, Any], *, writes: bool
+    ) -> None:
+        self._parts = (members, model, optimizer, extras)
+        self._writes = writes
+        self._generators: list[torch.Generator] | None = None
+        self._resumed: dict[str, Any] | None = None
 
-        def dump(self) -> tuple[Copy, dict[str, Any]]:
-            return dump_training(*self._parts)
+    def use(self, loader: object) -> None:
+        """Take in the generators of the loader about to be walked; on going on, as they were."""
+        self._generators = generators(loader)
+        if self._resumed is not None:
+            set_generators(self._generators, self._resumed)
+            self._resumed = None
 
-        def load(self, tensors: Tensors, values: dict[str, Any]) -> None:
-            load_training(*self._parts, tensors, values)
+    def capture(self) -> Copy:
+        return Copy(named_tensors(self._parts[0]) if self._writes else {})
 
-        def random_state(self) -> dict[str, Any]:
-            return random_state()
+    def dump(self) -> tuple[Copy, dict[str, Any]]:
+        return dump_training(*self._parts) if self._writes else (Copy({}), {})
 
-        def set_random_state(self, state: dict[str, Any]) -> None:
-            set_random_state(state)
+    def load(self, tensors: Tensors, values: dict[str, Any]) -> None:
+        load_training(*self._parts, tensors, values)
+
+    def random_state(self) -> dict[str, Any]:
+        return random_state(self._generators or ())
+
+    def set_random_state(self, state: dict[str, Any]) -> None:
+        set_random_state(state)
+        if self._generators is None:
+            self._resumed = state  # the loader is not known yet
+        else:
+            set_generators(self._generators, state)

@@ -1,6 +1,6 @@
 """A module's and an optimizer's state as named tensors: the copy, and the way back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from snapcore import DataError
 from snapcore.packing import pack, unpack
@@ -16,15 +17,16 @@ from snapcore.recorder import WEIGHTS
 from snapcore.tensors import check_fit
 
 Tensors = Mapping[str, NDArray[Any]]
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 MODEL = "model/"
 """What the names of the trained weights begin with in a resume point, when others are the members'."""
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module itself, out of `torch.compile` and (distributed) data-parallel wrappers."""
+    """Return the module itself, out of `torch.compile`, `AveragedModel` and (distributed) data-parallel wrappers."""
     while True:
         inner = getattr(module, "_orig_mod", None)
-        if inner is None and isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        if inner is None and isinstance(module, _WRAPPERS):
             inner = module.module
         if not isinstance(inner, nn.Module):
             return module
@@ -176,17 +178,34 @@ def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
                 own[name] = value.to(own[name].device, copy=True)
 
 
-def random_state() -> dict[str, Any]:
-    """Return PyTorch's random states, of the CPU and of every GPU in use, as plain JSON."""
+def random_state(generators: Iterable[torch.Generator] = ()) -> dict[str, Any]:
+    """Return PyTorch's random states as plain JSON: of the CPU, of every GPU in use, of other generators."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    return {"cpu": _hex(torch.get_rng_state()), "cuda": [_hex(state) for state in cuda]}
+    others = [_hex(generator.get_state()) for generator in generators]
+    return {"cpu": _hex(torch.get_rng_state()), "cuda": [_hex(state) for state in cuda], "generators": others}
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Set them to what `random_state` returned."""
+    """Set them to what `random_state` returned, but for other generators: see `set_generators`."""
     torch.set_rng_state(_bytes(state["cpu"]))
     if state["cuda"]:
         torch.cuda.set_rng_state_all([_bytes(each) for each in state["cuda"]])
+
+
+def set_generators(generators: Sequence[torch.Generator], state: Mapping[str, Any]) -> None:
+    """Set generators to the states that they had in `random_state`.
+
+    Raises:
+        DataError: there were more of them then, or fewer.
+    """
+    states = state["generators"]
+    if len(generators) != len(states):
+        raise DataError(
+            f"the epoch was begun with {len(states)} generators in the loader, got {len(generators)}: build the "
+            "loader as it was then"
+        )
+    for generator, each in zip(generators, states, strict=True):
+        generator.set_state(_bytes(each))
 
 
 def _hex(state: Tensor) -> str:

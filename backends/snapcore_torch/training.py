@@ -1,86 +1,31 @@
-"""The native loop: updates over data that lies on the device, or over any loader.
+"""The native loop: updates at a schedule's rates.
 
 Nothing is read back between two reports: losses stay on the device until a chunk of them is.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from snapcore import DataError, Schedule
-from snapcore.backend import Data, Report
+from snapcore import DivergedError, Schedule
+from snapcore.backend import Report
+from snapcore.group import Alone, Group
+from snapcore_torch.averaging import moving_average
+from snapcore_torch.counting import UpdateCount
+from snapcore_torch.distributed import mean_over_processes
+from snapcore_torch.feeds import CHUNK, Feed
+from snapcore_torch.options import UpdateOptions
 from snapcore_torch.schedule import GroupRates
-from snapcore_torch.state import to_torch
 
 Loss = Callable[[Any, Tensor], Tensor]
-CHUNK = 50
-"""Updates between two reports."""
-
-
-class Feed(Protocol):
-    """Batches by update."""
-
-    def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of updates `start … stop − 1`."""
-        ...
-
-
-class DeviceFeed:
-    """Batches indexed out of tensors that lie on the device, in the data's own order.
-
-    Arguments:
-        data: such as `snapcore.data.TrainingData`.
-        device: where examples and labels are put, once.
-    """
-
-    def __init__(self, data: Data, device: torch.device) -> None:
-        self._data = data
-        self._x = to_torch(data.x).to(device)
-        self._y = to_torch(data.y).to(device, torch.int64)  # the one type that every loss takes
-
-    def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of updates `start … stop − 1`."""
-        for begin in range(start, stop, CHUNK):
-            chunk = torch.from_numpy(self._data.indices(begin, min(begin + CHUNK, stop)))
-            for rows in chunk.to(self._x.device, non_blocking=True):
-                yield self._x[rows], self._y[rows]
-
-
-class LoaderFeed:
-    """Batches of any loader of (inputs, labels), epoch after epoch.
-
-    Arguments:
-        loader: such as a `torch.utils.data.DataLoader`; walked again whenever it ends.
-        device: where each batch is put.
-    """
-
-    def __init__(self, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> None:
-        self._device = device
-        self._endless = _endless(loader)
-
-    def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the next `stop − start` batches.
-
-        Raises:
-            DataError: the loader gives no batch.
-        """
-        for _ in range(start, stop):
-            x, y = next(self._endless)
-            yield x.to(self._device, non_blocking=True), y.to(self._device, non_blocking=True)
-
-
-def _endless(loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    while True:
-        empty = True
-        for batch in loader:
-            empty = False
-            yield batch
-        if empty:
-            raise DataError("the loader gave no batch: it must be one that can be walked again every epoch")
+_LEAST_SCALE = 2.0**-24  # below, a loss scale cannot be what makes gradients infinite
 
 
 @dataclass
@@ -93,8 +38,9 @@ class Loop:
         feed: the batches.
         schedule: the rate of every update.
         rates: each parameter group's share of the rate.
-        loss: of (outputs, labels), a scalar tensor; default cross-entropy of logits.
-        autocast: the dtype to compute in, such as `torch.bfloat16`; None keeps the weights'.
+        loss: of (outputs, labels), a scalar tensor, the mean over examples; default cross-entropy of logits.
+        options: how an update is done.
+        group: the processes that train together, each on its part of every batch; gradients are averaged.
     """
 
     model: nn.Module
@@ -103,31 +49,100 @@ class Loop:
     schedule: Schedule
     rates: GroupRates
     loss: Loss = field(default_factory=nn.CrossEntropyLoss)
-    autocast: torch.dtype | None = None
+    options: UpdateOptions = field(default_factory=UpdateOptions)
+    group: Group = field(default_factory=Alone)
+
+    def __post_init__(self) -> None:
+        options = self.options
+        if options.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack this form
+        self.average = None if options.ema is None else moving_average(self.model, options.ema)
+        self._forward = self.model if self.group.size == 1 else DistributedDataParallel(self.model)
+        compiling = options.compile_arguments
+        self._call = self._forward if compiling is None else torch.compile(self._forward, **compiling)
+        device = next(self.model.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=options.precision == "float16")
+        self._count = UpdateCount(self.optimizer) if self.scaler.is_enabled() else None
+
+    @property
+    def members(self) -> nn.Module:
+        """Whose weights become the members: the averages if there are any, else the model."""
+        return self.model if self.average is None else self.average.module
 
     def run(self, start: int, stop: int, report: Report) -> None:
-        """Do updates `start … stop − 1`; report every loss, a chunk at a time."""
-        self.model.train()
+        """Do updates `start … stop − 1`; report every loss, a chunk at a time.
+
+        Raises:
+            DivergedError: gradients overflow in float16 whatever the loss is scaled by.
+        """
+        self._forward.train()
         losses: list[Tensor] = []
         for step, (x, y) in enumerate(self.feed.batches(start, stop), start):
             self.rates.apply(self.schedule(step))
             losses.append(self._update(x, y))
             if len(losses) == CHUNK:
-                _flush(losses, step + 1, report)
-        _flush(losses, stop, report)
+                self._flush(losses, step + 1, report)
+        self._flush(losses, stop, report)
 
     def _update(self, x: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
-            loss = self.loss(self.model(x), y)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+        if self.options.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        begun = len(self.optimizer.state)
+        loss = self._attempt(x, y)
+        while self._count is not None and not self._count.take():
+            self._check_scale()
+            if not begun:  # fused SGD leaves an undefined momentum behind when its very first step is skipped
+                self.optimizer.state.clear()
+            loss = self._attempt(x, y)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return loss
+
+    def _attempt(self, x: Tensor, y: Tensor) -> Tensor:
+        loss = self._gradients(x, y)
+        if self.options.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def _gradients(self, x: Tensor, y: Tensor) -> Tensor:
+        parts = self.options.accumulate
+        if parts == 1:
+            return self._backward(x, y)
+        losses = []
+        for number, (some, labels) in enumerate(zip(x.tensor_split(parts), y.tensor_split(parts), strict=True), 1):
+            with self._alone(until_last=number < parts):
+                losses.append(self._backward(some, labels, share=len(labels) / len(y)))
+        return torch.stack(losses).sum()
+
+    def _backward(self, x: Tensor, y: Tensor, *, share: float = 1.0) -> Tensor:
+        with torch.autocast(x.device.type, self.options.autocast, enabled=self.options.autocast is not None):
+            loss = self.loss(self._call(x), y)
+        if share != 1:
+            loss = loss * share
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
+    def _alone(self, *, until_last: bool) -> AbstractContextManager[None]:
+        """Gradients meet those of the other processes once, at the last micro-batch."""
+        if until_last and isinstance(self._forward, DistributedDataParallel):
+            return self._forward.no_sync()
+        return nullcontext()
 
-def _flush(losses: list[Tensor], step: int, report: Report) -> None:
-    if losses:
-        first = step - len(losses) + 1
-        for update, loss in enumerate(torch.stack(losses).tolist(), first):
-            report(update, loss)
-        losses.clear()
+    def _check_scale(self) -> None:
+        scale = self.scaler.get_scale()
+        if scale < _LEAST_SCALE:
+            raise DivergedError(
+                f"gradients overflow in float16 even with the loss scaled by {scale}; the members taken before are "
+                "kept. Lower the learning rate, clip gradients, or compute in bfloat16"
+            )
+
+    def _flush(self, losses: list[Tensor], step: int, report: Report) -> None:
+        if losses:
+            first = step - len(losses) + 1
+            for update, loss in enumerate(mean_over_processes(torch.stack(losses), self.group).tolist(), first):
+                report(update, loss)
+            losses.clear()

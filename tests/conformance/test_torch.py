@@ -1,4 +1,6 @@
-"""The suite on PyTorch: the CNN for its batch statistics, and a network with dropout for its random states."""
+"""The suite on PyTorch: the CNN for its batch statistics, a network with dropout for its random states; all options."""
+
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -17,3 +19,25 @@ class TestTorchBackend(BackendConformance):
 
     def backend(self):
         return TorchBackend()
+
+
+class TestNarrow(TestTorchBackend):
+    options: ClassVar[dict[str, Any]] = {"precision": "bfloat16"}
+
+
+class TestScaled(TestTorchBackend):
+    options: ClassVar[dict[str, Any]] = {"precision": "float16", "clip_norm": 100.0}
+
+
+class TestAccumulated(TestTorchBackend):
+    options: ClassVar[dict[str, Any]] = {"accumulate": 4, "channels_last": True}
+
+
+class TestCompiled(TestTorchBackend):
+    options: ClassVar[dict[str, Any]] = {"compile": {"backend": "eager"}}
+
+
+class TestAveraged(TestTorchBackend):
+    """With a decay of 0 the averages are the weights, so that rules about going on from a member hold for them too."""
+
+    options: ClassVar[dict[str, Any]] = {"ema": 0.0}

@@ -113,7 +113,7 @@ class Constant(nn.Module):
 
 @pytest.mark.parametrize(("m", "mean"), [(1, 1.0), (2, 1.5), (3, 2.0), (4, 2.5)])
 def test_the_running_mean_favours_no_member(m, mean):
-    """PEERS: torch-uncertainty's is biased to the first: 1, 1.33, 1.75, 2.2."""
+    """Torch-uncertainty's is biased to the first: 1, 1.33, 1.75, 2.2."""
     ensemble = SnapshotEnsemble([Constant(value) for value in range(1, m + 1)], activation="identity")
     assert ensemble(torch.zeros(2, 1)).tolist() == [[mean], [mean]]
 
@@ -125,7 +125,7 @@ def everything(model):
 
 
 def test_the_given_model_stays_exactly_as_it_is_and_does_not_grow(run):
-    """PEERS: torch-uncertainty's copies join the trained model's parameters; TorchEnsemble's second fit doubles."""
+    """Torch-uncertainty's copies join the trained model's parameters; TorchEnsemble's second fit doubles."""
     directory, model, _ = run
     model[0].weight.requires_grad_(False)
     model[1].eval()
@@ -191,7 +191,7 @@ def test_what_the_caller_passes_in_is_never_written_to(m):
 
 
 def test_outputs_that_already_are_probabilities_are_refused_with_the_cure():
-    """PEERS: TorchEnsemble applies cross-entropy, and so a softmax, to probabilities."""
+    """TorchEnsemble applies cross-entropy, and so a softmax, to probabilities."""
     members = [nn.Sequential(nn.Linear(3, 4), nn.Softmax(-1)) for _ in range(2)]
     ensemble = SnapshotEnsemble(members)
     for _ in range(2):  # and refused again, not only once

@@ -208,7 +208,7 @@ def test_finishing_early_takes_an_unfinished_member(tmp_path):
 
 
 def test_finishing_at_the_end_of_a_cycle_takes_no_member_twice(tmp_path):
-    """PEERS: torch-uncertainty counts the last epoch twice."""
+    """Torch-uncertainty counts the last epoch twice."""
     model = nn.Linear(3, 2)
     with SnapshotRun(tmp_path / "run", CYCLES, model, sgd(model)) as run:
         run.step(updates=4)

@@ -153,7 +153,7 @@ def saved_and_loaded(state):
 
 @pytest.mark.parametrize("schedule", [CYCLES, StepDecay(0.1, 24, snapshots=3)])
 def test_a_saved_state_goes_on_where_it_was(schedule):
-    """PEERS: warm restarts in PyTorch resume wrongly."""
+    """Warm restarts in PyTorch resume wrongly."""
     optimizer = sgd(0.1, 0.02)
     scheduler = SnapshotLR(optimizer, schedule)
     before = rates_of(optimizer, scheduler, 10)
@@ -168,7 +168,7 @@ def test_a_saved_state_goes_on_where_it_was(schedule):
 
 
 def test_last_epoch_resumes_right():
-    """PEERS: `last_epoch=` of warm restarts in PyTorch resumes wrongly."""
+    """`last_epoch=` of warm restarts in PyTorch resumes wrongly."""
     optimizer = sgd(0.1, 0.02)
     rates_of(optimizer, SnapshotLR(optimizer, CYCLES), 10)
     other = sgd(0.1, 0.02)
@@ -195,7 +195,7 @@ def test_the_state_of_another_schedule_is_refused_and_nothing_changes():
 
 
 def test_groups_keep_their_ratio_and_the_floor_scales_with_it():
-    """PEERS: with one eta_min for all groups, warm restarts raise the rate of a small group."""
+    """With one eta_min for all groups, warm restarts raise the rate of a small group."""
     schedule = CosineCycles(0.1, 20, 2, lr_min=0.05)
     optimizer, peer = sgd(0.1, 0.01), sgd(0.1, 0.01)
     rates = rates_of(optimizer, SnapshotLR(optimizer, schedule), 20)
@@ -256,7 +256,7 @@ def test_a_rate_that_is_a_tensor_is_filled_in_place():
 
 
 def test_a_rate_that_is_a_number_stays_one_for_optimizers_that_need_it():
-    """PEERS: TorchEnsemble makes the rate a tensor, which breaks Adam(foreach=True)."""
+    """TorchEnsemble makes the rate a tensor, which breaks Adam(foreach=True)."""
     optimizer = torch.optim.Adam([nn.Parameter(torch.ones(2))], lr=0.1, foreach=True)
     scheduler = SnapshotLR(optimizer, CYCLES)
     for _ in range(30):

@@ -70,14 +70,14 @@ def train(directory, model, schedule=CYCLES, optimizer=None):
 
 @pytest.mark.parametrize("make", [normalised, Tied, lambda: nn.Linear(3, 2).to(torch.bfloat16)])
 def test_a_snapshot_holds_bit_for_bit_what_a_hand_would_have_copied_then(tmp_path, make):
-    """PEERS: torch-uncertainty collects at the start of a cycle, after the rate has jumped."""
+    """Torch-uncertainty collects at the start of a cycle, after the rate has jumped."""
     copies = train(tmp_path / "run", make())
     assert [on_disk(tmp_path / "run", index) for index in (1, 2, 3)] == copies
     assert len({str(copy) for copy in copies}) == 3
 
 
 def test_the_last_snapshot_is_taken_when_training_ends_on_it(tmp_path):
-    """PEERS: snapshot-ensemble never saves the last one."""
+    """Snapshot-ensemble never saves the last one."""
     train(tmp_path / "run", nn.Linear(3, 2))
     store = SnapshotStore(tmp_path / "run")
     assert [(member.step, member.due, member.lr) for member in store.members] == [
@@ -89,7 +89,7 @@ def test_the_last_snapshot_is_taken_when_training_ends_on_it(tmp_path):
 
 
 def test_a_remainder_leaves_the_number_of_members_and_their_instants_as_scheduled(tmp_path):
-    """PEERS: with the authors' code the last cycle is out of phase if M does not divide T; TorchEnsemble raises."""
+    """With the authors' code the last cycle is out of phase if M does not divide T; TorchEnsemble raises."""
     schedule = CosineCycles(0.1, 11, 3, remainder="even")
     train(tmp_path / "run", nn.Linear(3, 2), schedule)
     members = SnapshotStore(tmp_path / "run").members
