@@ -1,25 +1,25 @@
 """The command line: `snapcore train | evaluate | inspect | verify | schedule | backends`."""
 
 import itertools
-import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import msgspec
 import typer
 
 from snapcore.backend import available_backends, load_backend
-from snapcore.errors import BackendNotFoundError, SnapcoreError
-from snapcore.lab.evaluate import RESULTS, write_results
+from snapcore.errors import BackendNotFoundError, ScheduleError, SnapcoreError
 from snapcore.lab.evaluate import evaluate as evaluate_runs
+from snapcore.lab.evaluate import write_results
 from snapcore.lab.inspect import describe_run, describe_schedule
-from snapcore.lab.job import FILE, Job, first_backend, load_job
+from snapcore.lab.job import Job, first_backend
 from snapcore.lab.plots import plot_schedule
 from snapcore.lab.show import Display
+from snapcore.lab.train import is_left_to_do
 from snapcore.lab.train import train as train_job
 from snapcore.protocol import METHODS, program
+from snapcore.schedule import Schedule, StepDecay
 from snapcore.store import SnapshotStore
 
 app = typer.Typer(
@@ -121,7 +121,7 @@ def schedule(
     """Print a method's schedule, and draw it."""
     given = {"lr_min": lr_min, "warmup_steps": warmup_steps, "remainder": remainder}
     options = {name: value for name, value in given.items() if value is not None}
-    chosen = program(method, lr=lr, steps=steps, cycles=cycles, **options).schedule
+    chosen = _schedule(method, lr, steps, cycles, options)
     for line in describe_schedule(chosen):
         typer.echo(line)
     if plot is not None:
@@ -148,37 +148,39 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
         code = app([word for word in arguments if word != "--debug"], standalone_mode=False, prog_name="snapcore")
-    except (SnapcoreError, typer.TyperException, typer.Abort, msgspec.ValidationError) as error:
+    except (SnapcoreError, OSError, typer.TyperException, typer.Abort) as error:
         if debug:
             traceback.print_exc()
-        return _say(error)
+        typer.echo(_told(error), err=True)
+        return error.exit_code if isinstance(error, typer.TyperException) else 1
     return code if isinstance(code, int) else 0
 
 
-def _say(error: Exception) -> int:
-    if isinstance(error, typer.TyperException) and str(error).startswith("Usage:"):
-        print(error.format_message(), file=sys.stderr)  # noqa: T201  no command was given: these are
-        return error.exit_code
+def _told(error: Exception) -> str:
     if isinstance(error, typer.TyperException):
-        print(f"snapcore: {error.format_message()}".rstrip(), file=sys.stderr)  # noqa: T201
-        return error.exit_code or 2
-    print(f"snapcore: {error or 'stopped'}", file=sys.stderr)  # noqa: T201
-    return 1
+        message = error.format_message()
+        if message.startswith("Usage:"):  # no command was given: these are
+            return message
+        context = getattr(error, "ctx", None)
+        command = "snapcore" if context is None else context.command_path
+        return f"snapcore: {message.rstrip('.')}; see {command} --help"
+    text = " ".join(str(error).splitlines())
+    if isinstance(error, SnapcoreError):
+        return f"snapcore: {text}"
+    return f"snapcore: {text or 'stopped'}; --debug shows where"
+
+
+def _schedule(method: str, lr: float, steps: int, cycles: int, options: Mapping[str, Any]) -> Schedule:
+    if options and isinstance(program(method, lr=lr, steps=steps, cycles=1).schedule, StepDecay):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+        raise ScheduleError(f"{method} has no cosine cycles, got {names}: leave that out, or choose another --method")
+    return program(method, lr=lr, steps=steps, cycles=cycles, **options).schedule
 
 
 def _directory_for(job: Job, resume: bool) -> Path:
     """Return the directory of this very job, if it was left unfinished, or a new one."""
-    name = f"{job.data}-{job.model.rpartition(':')[2]}-{job.method}"
-    for directory in _numbered(name):
-        if not directory.exists() or (resume and _is_unfinished(job, directory)):
-            return directory
-    raise AssertionError  # the numbers have no end
-
-
-def _is_unfinished(job: Job, directory: Path) -> bool:
-    if not (directory / FILE).exists() or (directory / RESULTS).exists():
-        return False
-    return load_job(directory) == job
+    places = _numbered(f"{job.data}-{job.model.rpartition(':')[2]}-{job.method}")
+    return next(place for place in places if not place.exists() or (resume and is_left_to_do(job, place)))
 
 
 def _free_directory(name: str) -> Path:

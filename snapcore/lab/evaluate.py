@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,12 @@ import msgspec
 import numpy as np
 
 from snapcore.backend import Backend, load_backend
-from snapcore.data import TrainingData
 from snapcore.ensemble import prefix_curve
 from snapcore.errors import DataError, StoreError
+from snapcore.files import replacing
 from snapcore.lab.data import Dataset
 from snapcore.lab.job import Job, load_job
-from snapcore.lab.scoring import Joined, Noted, Predictions
-from snapcore.metrics import score
+from snapcore.lab.scoring import Predictions, Scored
 from snapcore.protocol import program_from_dict
 from snapcore.store import SnapshotStore
 
@@ -43,22 +42,23 @@ def evaluate(directories: Sequence[Path], *, last: int | None = None) -> dict[st
     datasets = [job.dataset() for job in jobs]
     labels = datasets[0].y_test
     if any(not np.array_equal(dataset.y_test, labels) for dataset in datasets):
-        raise DataError(f"the runs were tested on different images: {', '.join(sorted({job.data for job in jobs}))}")
+        where = " and ".join(f"{directory} ({job.data})" for directory, job in zip(directories, jobs, strict=True))
+        raise DataError(f"{where} were tested on different images: give runs on the same data, or one at a time")
+    stores = [SnapshotStore(directory) for directory in directories]
     backend = functools.cache(load_backend)
     runs = [
-        _predictions(directory, job, dataset, backend(job.backend), last)
-        for directory, job, dataset in zip(directories, jobs, datasets, strict=True)
+        _predictions(store, job, dataset, backend(job.backend), last)
+        for store, job, dataset in zip(stores, jobs, datasets, strict=True)
     ]
-    noted = Noted(Joined(runs), functools.partial(score, labels=labels))
-    curve = prefix_curve(noted, labels)
-    members = [member for run in runs for member in run.members]
+    scored = Scored(runs, labels)
+    curve = prefix_curve(scored, labels)
     return {
         **{name: _joined(getattr(job, name) for job in jobs) for name in ("backend", "data", "model", "method")},
-        "updates": sum(_updates(directory) for directory in directories),
+        "updates": sum(store.members[-1].step for store in stores),
         "seconds": round(time.perf_counter() - began, 3),
         "members": [
-            {"index": member.index, "step": member.step, "lr": member.lr, **noted.scores[place]}
-            for place, member in enumerate(members)
+            {"index": member.index, "step": member.step, "lr": member.lr, **scored.scores[place]}
+            for place, member in enumerate(scored.members)
         ],
         "ensemble": curve,
     }
@@ -69,28 +69,21 @@ def write_results(results: dict[str, Any], directory: Path) -> Path:
     path = directory / RESULTS
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(results)) + b"\n")
+        with replacing(path) as temporary:
+            temporary.write_bytes(msgspec.json.format(msgspec.json.encode(results)) + b"\n")
     except OSError as error:
         raise StoreError(f"{path} cannot be written: {error}; choose another --output") from error
     return path
 
 
-def _predictions(directory: Path, job: Job, dataset: Dataset, backend: Backend[Any], last: int | None) -> Predictions:
-    store = SnapshotStore(directory)
-    one = TrainingData(dataset.x_train[:1], dataset.y_train[:1], dataset.n_classes, 1)  # only its shape is needed
-    state = backend.init(job.resolved_model(), one, _program(store), seed=job.seed)
+def _predictions(
+    store: SnapshotStore, job: Job, dataset: Dataset, backend: Backend[Any], last: int | None
+) -> Predictions:
+    if store.program is None:
+        raise StoreError(f"{store.path} says nothing of its program: snapcore train did not make it; choose another")
+    state = job.state(backend, dataset, program_from_dict(store.program))
     return Predictions(store, backend, state, dataset.x_test, last)
 
 
-def _program(store: SnapshotStore) -> Any:
-    if store.program is None:
-        raise StoreError(f"{store.path} says nothing of its program: it was not made by snapcore train")
-    return program_from_dict(store.program)
-
-
-def _updates(directory: Path) -> int:
-    return int(_program(SnapshotStore(directory)).updates)
-
-
-def _joined(names: Any) -> str:
+def _joined(names: Iterable[str]) -> str:
     return "+".join(dict.fromkeys(names))

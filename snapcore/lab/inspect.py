@@ -21,9 +21,10 @@ def describe_run(directory: Path) -> Iterator[str]:
             *([f"due at {member.due}"] if member.due != member.step else []),
             *(f"{name} {value:.4g}" for name, value in (member.metrics or {}).items()),
         ]
-        size = (store.path / member.file).stat().st_size if (store.path / member.file).exists() else 0
+        file = store.path / member.file
+        size = f"{file.stat().st_size:,} bytes" if file.exists() else "missing"
         yield (
-            f"member {member.index}: {member.file} ({size:,} bytes, {member.framework}), update {member.step}, "
+            f"member {member.index}: {member.file} ({size}, {member.framework}), update {member.step}, "
             f"lr {member.lr:.3g}" + "".join(f", {note}" for note in notes)
         )
 

@@ -61,15 +61,28 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         """Return the method over the budget of `epochs`."""
         return program(self.method, lr=self.lr, steps=self.epochs * data.updates_per_epoch, cycles=self.cycles)
 
+    def state(self, backend: Backend[Any], dataset: Dataset, program: Program) -> Any:
+        """Return the backend's state with this job's model in it, to restore members into."""
+        one = TrainingData(dataset.x_train[:1], dataset.y_train[:1], dataset.n_classes, 1)  # only its shape is needed
+        return backend.init(self.resolved_model(), one, program, seed=self.seed)
+
     def resolved_model(self) -> str | Callable[..., Any]:
-        """Return what the backend's `init` takes: a built-in's name, or the function named."""
-        module, colon, function = self.model.partition(":")
-        if not colon:
+        """Return what the backend's `init` takes: a built-in's name, or the function named.
+
+        Raises:
+            DataError: the name leads to no function.
+        """
+        if ":" not in self.model:
             return self.model
+        module, _, name = self.model.partition(":")
         try:
-            return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
-        except (ImportError, AttributeError) as error:
-            raise DataError(f"--model {self.model}: {error}; give package.module:function") from error
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError, TypeError) as error:  # the last two: an empty or relative name
+            cure = "give package.module:function, with the package installed or its folder on PYTHONPATH"
+            raise DataError(f"--model {self.model}: {error}; {cure}") from error
+        if not callable(function):
+            raise DataError(f"--model {self.model} must name a function of (input_shape, n_classes), got {function!r}")
+        return function  # type: ignore[no-any-return]
 
     def save(self, directory: Path) -> None:
         """Keep the job in a run directory.
@@ -100,15 +113,17 @@ def load_job(directory: Path) -> Job:
     """Return the job kept in a run directory.
 
     Raises:
-        StoreError: there is none, or it is damaged.
+        StoreError: there is none, it cannot be read, or it is damaged.
     """
     path = directory / FILE
     try:
         return msgspec.json.decode(path.read_bytes(), type=Job)
     except FileNotFoundError:
-        raise StoreError(f"{directory} holds no {FILE}: it was not made by snapcore train") from None
+        raise StoreError(f"{directory} holds no {FILE}: snapcore train did not make it; choose another") from None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error}; choose another directory") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise StoreError(f"{path} is damaged: {error}") from error
+        raise StoreError(f"{path} is damaged: {error}; restore it, or move {directory} away") from error
 
 
 def first_backend() -> tuple[str, Backend[Any]]:
@@ -124,4 +139,4 @@ def first_backend() -> tuple[str, Backend[Any]]:
             return name, load_backend(name)
         except BackendNotFoundError:
             continue
-    raise BackendNotFoundError("no framework is installed: pip install 'snapcore[torch,lab]'")
+    raise BackendNotFoundError("no framework is installed: pip install 'snapcore[torch]'")

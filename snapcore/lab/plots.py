@@ -56,6 +56,6 @@ def _mark_members(axes: Axes, schedule: Schedule) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error}") from error
+        figure.savefig(path, format=path.suffix[1:] or "png", dpi=120)
+    except (OSError, ValueError) as error:  # the latter: no such format
+        raise StoreError(f"{path} cannot be written: {error}; choose another file") from error

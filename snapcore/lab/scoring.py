@@ -9,6 +9,7 @@ from scipy.special import softmax
 
 from snapcore.backend import Backend
 from snapcore.errors import StoreError
+from snapcore.metrics import score
 from snapcore.store import Member, SnapshotStore
 
 Probabilities = NDArray[np.float64]
@@ -32,9 +33,11 @@ class Predictions(Sequence[Probabilities]):
         self, store: SnapshotStore, backend: Backend[Any], state: Any, x: NDArray[Any], last: int | None = None
     ) -> None:
         finished = [member for member in store.members if not member.unfinished]
+        if not finished:
+            raise StoreError(f"{store.path} holds no finished member: train until the first cycle ends")
         count = len(finished) if last is None else last
         if not 1 <= count <= len(finished):
-            raise StoreError(f"{store.path} has {len(finished)} finished members, got last={last}: ask for fewer")
+            raise StoreError(f"last must be in 1..{len(finished)}, the finished members of {store.path}; got {last}")
         self.members: list[Member] = finished[-count:]
         self._store, self._backend, self._state, self._x = store, backend, state, x
 
@@ -47,33 +50,22 @@ class Predictions(Sequence[Probabilities]):
         return probabilities(self._backend.logits(self._state, self._x))
 
 
-class Joined(Sequence[Probabilities]):
-    """Several runs' predictions, one after the other."""
+class Scored(Sequence[Probabilities]):
+    """Several runs' predictions, one after the other, each scored alone as it is passed on."""
 
-    def __init__(self, runs: Sequence[Predictions]) -> None:
+    def __init__(self, runs: Sequence[Predictions], labels: NDArray[np.int64]) -> None:
+        self.members = [member for run in runs for member in run.members]
+        self.scores: dict[int, Mapping[str, float]] = {}
         self._places = [(run, index) for run in runs for index in range(len(run))]
+        self._labels = labels
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, index: Any) -> Any:
         run, place = self._places[index]
-        return run[place]
-
-
-class Noted(Sequence[Probabilities]):
-    """Predictions that are scored one by one as they are passed on."""
-
-    def __init__(self, predictions: Sequence[Probabilities], score: Any) -> None:
-        self._predictions, self._score = predictions, score
-        self.scores: dict[int, Mapping[str, float]] = {}
-
-    def __len__(self) -> int:
-        return len(self._predictions)
-
-    def __getitem__(self, index: Any) -> Any:
-        values = self._predictions[index]
-        self.scores[index] = self._score(values)
+        values = run[place]
+        self.scores[index] = score(values, self._labels)
         return values
 
 

@@ -22,7 +22,7 @@ class Display:
 
     def line(self, text: str) -> None:
         """Print one line as it is."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, emoji=False)
 
     def member(self, snapshot: Snapshot, scores: Mapping[str, float]) -> None:
         """Print a member as it is taken."""

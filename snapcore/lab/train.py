@@ -9,13 +9,14 @@ from snapcore.errors import StoreError
 from snapcore.lab.data import Dataset
 from snapcore.lab.evaluate import RESULTS, evaluate, write_results
 from snapcore.lab.history import History
-from snapcore.lab.job import FILE, Job
+from snapcore.lab.job import FILE, Job, load_job
 from snapcore.lab.plots import plot_training
 from snapcore.lab.scoring import probabilities
 from snapcore.lab.show import Display
 from snapcore.manifest import MANIFEST
 from snapcore.metrics import score
 from snapcore.protocol import Program, Snapshot
+from snapcore.resume import clear_point
 from snapcore.run import execute
 from snapcore.store import SnapshotStore, move_aside
 
@@ -34,7 +35,7 @@ def train(
     """Run a job, and write members, `history.csv`, `training.png` and `results.json` into `directory`.
 
     Started again after a kill, it goes on where it was, and ends with the members and results of a run that was never
-    stopped.
+    stopped. What cannot be run at all is refused before the directory is touched.
 
     Arguments:
         job: what to do.
@@ -48,18 +49,21 @@ def train(
         What `results.json` holds.
 
     Raises:
+        DataError, ScheduleError, ProtocolError: the job cannot be run.
         StoreError: the directory holds a finished run, or another job's.
     """
-    finished = _open(job, directory, resume)
     dataset = job.dataset()
     data = job.training_data(dataset)
     program = job.program(data)
+    job.state(backend, dataset, program)  # raises for a model that cannot be built
+    trained = _open(job, directory, resume)
     history = History(directory, program.schedule)
     display.line(_headline(job, backend, dataset, program))
     began = time.perf_counter()
-    if not finished:
+    if not trained:
 
         def measure(snapshot: Snapshot, state: Any) -> dict[str, float]:
+            history.write()  # before the member: once the last one is there, nothing is done again
             scores = score(probabilities(backend.logits(state, dataset.x_test)), dataset.y_test)
             display.member(snapshot, scores)
             return scores
@@ -77,35 +81,43 @@ def train(
                 resume_every=resume_every,
                 before_point=history.write,
             )
-        history.write()
     results = {**evaluate([directory]), "seconds": round(time.perf_counter() - began, 3)}
-    plot_training(history.rows, program.schedule, directory / PLOT)
+    if history.rows:
+        plot_training(history.rows, program.schedule, directory / PLOT)
     write_results(results, directory)
     return results
 
 
+def is_left_to_do(job: Job, directory: Path) -> bool:
+    """Tell whether a directory holds this very job, not yet trained to its end and scored."""
+    if not (directory / FILE).exists() or load_job(directory) != job:
+        return False
+    return not ((directory / RESULTS).exists() and _is_trained(directory))
+
+
 def _open(job: Job, directory: Path, resume: bool) -> bool:
     """Make the directory this job's; tell whether all that is left to do is to score its members."""
-    if (directory / MANIFEST).exists():
-        if not resume:
-            move_aside(directory)
-        elif (directory / FILE).exists():
-            job.refuse_other(directory)
-            return _is_finished(directory)
-        else:
-            return False  # not made by this command: the recorder says what it holds
-    job.save(directory)
-    return False
-
-
-def _is_finished(directory: Path) -> bool:
-    stopped = SnapshotStore(directory).stopped
-    if stopped is not None and (directory / RESULTS).exists():
+    held = (directory / MANIFEST).exists()
+    if held and not resume:
+        move_aside(directory)
+    if not held or not resume:
+        job.save(directory)
+        return False
+    job.refuse_other(directory)
+    if not is_left_to_do(job, directory):
         raise StoreError(
-            f"{directory} holds a run that is {stopped}: score it with snapcore evaluate, choose another --output, or "
+            f"{directory} holds a run that is finished: score it with snapcore evaluate, choose another --output, or "
             "pass --no-resume, which moves it aside"
         )
-    return stopped is not None
+    if not _is_trained(directory):
+        return False
+    with SnapshotStore(directory, "w"):  # which sweeps up after a process that was killed
+        clear_point(directory)
+    return True
+
+
+def _is_trained(directory: Path) -> bool:
+    return (directory / MANIFEST).exists() and SnapshotStore(directory).stopped is not None
 
 
 def _both(first: Report, second: Report) -> Report:

@@ -1,0 +1,322 @@
+"""The command line: what it prints, how it ends, and what it says when something is missing or wrong."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from snapcore import CosineCycles
+from snapcore.lab.command import app
+from snapcore.store import SnapshotStore
+
+SHORT = ("--epochs", "3", "--cycles", "3")
+COMMANDS = ("train", "evaluate", "inspect", "verify", "schedule", "backends")
+
+HIDE = """
+import sys
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[1:]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hide())
+"""
+
+
+# help and exit codes
+
+
+def test_the_commands_are_those_of_the_documentation():
+    assert tuple(command.callback.__name__ for command in app.registered_commands) == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, cli):
+    done = cli(command, "--help")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith(f"Usage: snapcore {command} ")
+
+
+OPTIONS = "backend data data-dir model method epochs cycles lr batch-size seed train-limit output resume no-resume"
+
+
+@pytest.mark.parametrize("option", OPTIONS.split())
+def test_train_has_the_options_that_are_promised(option, cli):
+    assert re.search(rf"--{option}\b", cli("train", "--help").out)
+
+
+def test_without_a_command_the_commands_are_listed_and_nothing_succeeds(cli):
+    done = cli()
+    assert (done.code, done.out) == (2, "")
+    assert all(f"\n  {command} " in done.err for command in COMMANDS)
+
+
+WRONG = [
+    (["bogus"], ["No such command 'bogus'", "see snapcore --help"]),
+    (["train", "--bogus"], ["No such option: --bogus", "see snapcore train --help"]),
+    (["train", "--epochs", "0"], ["--epochs", "greater than or equal to 1", "see snapcore train --help"]),
+    (["train", "--epochs", "2.5"], ["--epochs", "integer"]),
+    (["train", "--cycles", "0"], ["--cycles"]),
+    (["train", "--batch-size", "0"], ["--batch-size"]),
+    (["train", "--seed", "-1"], ["--seed"]),
+    (["train", "--train-limit", "0"], ["--train-limit"]),
+    (["train", "--resume-every", "0"], ["--resume-every"]),
+    (["train", "--lr", "fast"], ["--lr", "number"]),
+    (["train", "extra"], ["unexpected extra argument", "extra"]),
+    (["evaluate"], ["Missing argument", "see snapcore evaluate --help"]),
+    (["schedule", "--steps", "0"], ["--steps"]),
+]
+
+REFUSED = [
+    (["train", "--method", "bogus"], ["method must be one of single, cosine", "got 'bogus'"]),
+    (["train", "--model", "bogus"], ["model must be one of ['cnn', 'mlp'] or a function", "got 'bogus'"]),
+    (["train", "--model", "no.such:thing"], ["--model no.such:thing", "No module named 'no'", "PYTHONPATH"]),
+    (["train", "--model", "math:bogus"], ["--model math:bogus", "has no attribute 'bogus'", "package.module:function"]),
+    (["train", "--model", "math:pi"], ["--model math:pi must name a function", "got 3.14"]),
+    (["train", "--model", ":mlp"], ["--model :mlp", "package.module:function"]),
+    (["train", "--model", ".models:mlp"], ["--model .models:mlp", "package.module:function"]),
+    (["train", "--model", "mlp:"], ["--model mlp:", "package.module:function"]),
+    (["train", "--data", "bogus"], ["data must be one of digits, fashion-mnist", "got 'bogus'", "give its directory"]),
+    (["train", "--data-dir", "."], ["digits comes with scikit-learn", "another name"]),
+    (["train", "--data", "x", "--data-dir", "gone"], ["gone", "does not exist"]),
+    (["train", "--backend", "bogus"], ["no backend is called 'bogus'", "torch"]),
+    (["train", "--epochs", "1", "--cycles", "22"], ["cycles must be in 1..steps=21, got 22"]),
+    (["train", "--lr", "nan"], ["lr must be finite", "got nan"]),
+    (["train", "--lr", "inf"], ["lr must be finite", "got inf"]),
+    (["train", "--lr=-0.1"], ["lr must be finite and not negative", "got -0.1"]),
+    (["train", "--batch-size", "1348"], ["batch_size must be in 1..1347 examples, got 1348"]),
+    (["train", "--train-limit", "1348"], ["train_limit must be in 1..1347", "got 1348"]),
+    (["evaluate", "gone"], ["gone holds no job.json", "snapcore train did not make it"]),
+    (["evaluate", "."], ["holds no job.json", "choose another"]),
+    (["inspect", "gone"], ["gone holds no run", "check the path"]),
+    (["verify", "gone"], ["gone holds no run", "check the path"]),
+    (["schedule", "--method", "bogus"], ["method must be one of"]),
+    (["schedule", "--steps", "3", "--cycles", "4"], ["cycles must be in 1..steps=3, got 4"]),
+    (["schedule", "--remainder", "bogus"], ["remainder must be one of", "got 'bogus'"]),
+    (["schedule", "--method", "single", "--lr-min", "0.1"], ["single has no cosine cycles, got --lr-min"]),
+    (["schedule", "--method", "nocycle", "--warmup-steps", "5"], ["nocycle has no cosine cycles", "--warmup-steps"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "fragments", "code"),
+    [*((*case, 2) for case in WRONG), *((*case, 1) for case in REFUSED)],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and len(value) < 7 else None,
+)
+def test_an_error_is_one_plain_line_and_leaves_nothing_behind(words, fragments, code, cli, here):
+    done = cli(*words)
+    assert done.code == code
+    assert done.out == ""
+    for fragment in fragments:
+        assert fragment in done.told
+    assert list(here.iterdir()) == []
+
+
+def test_an_error_longer_than_a_terminal_is_not_wrapped(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert len(cli("train", "--data", "x", "--data-dir", ".").told) > 400
+
+
+def test_debug_shows_the_traceback_before_the_line(cli):
+    plain = cli("train", "--lr", "nan").told
+    for words in (["--debug", "train", "--lr", "nan"], ["train", "--lr", "nan", "--debug"]):
+        done = cli(*words)
+        assert done.code == 1
+        assert done.err.startswith("Traceback")
+        assert "ScheduleError" in done.err
+        assert done.err.strip().splitlines()[-1] == plain
+
+
+def test_a_folder_without_data_lists_every_file_that_was_looked_for(cli, here):
+    (here / "empty").mkdir()
+    told = cli("train", "--data", "mine", "--data-dir", "empty").told
+    for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        assert f"{part}-ubyte" in told
+        assert f"{part}-ubyte.gz" in told
+    assert ".npz" in told
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--model", "mlp", "--output", "file/run"],
+        ["schedule", "--plot", "file/plot.png"],
+        ["schedule", "--plot", "gone/plot.png"],
+        ["schedule", "--plot", "."],
+    ],
+)
+def test_what_cannot_be_written_is_said_with_its_path(words, cli, here):
+    (here / "file").write_text("in the way")
+    done = cli(*words)
+    assert done.code == 1
+    assert f"{words[-1]} cannot be written: " in done.told
+    assert "choose another" in done.told
+    assert (here / "file").read_text() == "in the way"
+
+
+def test_results_that_cannot_be_written_are_said_with_their_path(cli, here, finished):
+    (here / "file").write_text("in the way")
+    done = cli("evaluate", finished, "--output", "file/scores")
+    assert done.code == 1
+    assert "file/scores/results.json cannot be written" in done.told
+
+
+# schedule
+
+
+@pytest.mark.parametrize("cycles", [1, 4, 6])
+def test_schedule_prints_every_cycle_and_the_rates_of_equation_2(cycles, cli):
+    done = cli("schedule", "--steps", "60", "--cycles", cycles, "--lr", "0.3", "--remainder", "even")
+    length = 60 // cycles
+    last = 0.15 * (math.cos(math.pi * (length - 1) / length) + 1)
+    rows = [[float(cell) for cell in line.split()] for line in done.out.splitlines()[2:]]
+    for number, row in enumerate(rows, 1):
+        assert row == pytest.approx([number, (number - 1) * length, number * length, 0.3, last], rel=1e-3)
+    assert len(rows) == cycles
+
+
+def test_schedule_passes_warm_up_and_floor_on(cli):
+    done = cli("schedule", "--steps", "60", "--cycles", "5", "--warmup-steps", "10", "--lr-min", "0.01")
+    assert [line.split()[2] for line in done.out.splitlines()[2:]] == ["20", "30", "40", "50", "60"]
+    assert "lr_min=0.01, warmup_steps=10" in done.out
+
+
+def test_schedule_prints_the_members_of_the_step_schedule(cli):
+    done = cli("schedule", "--method", "nocycle", "--steps", "60")
+    assert [line.split()[2] for line in done.out.splitlines()[2:]] == ["10", "20", "30", "40", "50", "60"]
+
+
+@pytest.mark.parametrize(
+    ("name", "magic"), [("a.png", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.svg", b"<?xml"), ("a", b"\x89PNG")]
+)
+def test_schedule_draws_to_the_very_file_that_is_named(name, magic, cli, here):
+    done = cli("schedule", "--plot", name)
+    assert done.code == 0
+    assert done.out.endswith(f"wrote {name}\n")
+    assert (here / name).read_bytes().startswith(magic)
+    assert [path.name for path in here.iterdir()] == [name]
+
+
+def test_a_picture_of_an_unknown_kind_is_refused(cli, here):
+    done = cli("schedule", "--plot", "a.bogus")
+    assert done.code == 1
+    assert "a.bogus cannot be written: Format 'bogus' is not supported" in done.told
+    assert list(here.iterdir()) == []
+
+
+# inspect and verify
+
+
+def test_inspect_tells_the_program_and_every_member(cli, finished):
+    lines = cli("inspect", finished).out.splitlines()
+    assert lines[0] == f"{finished}: snapshot, 63 updates, finished"
+    assert lines[1] == f"schedule: {CosineCycles(0.1, 63, 3)}"
+    for member, line in zip(SnapshotStore(finished).members, lines[2:], strict=True):
+        size = (finished / member.file).stat().st_size
+        assert line.startswith(f"member {member.index}: {member.file} ({size:,} bytes, torch), update {member.step}, ")
+        assert f"error {member.metrics['error']:.4g}" in line
+        assert "due" not in line
+        assert "unfinished" not in line
+
+
+def test_inspect_marks_members_that_are_unfinished_late_or_missing(cli, here):
+    with SnapshotStore("run", "w") as store:
+        weights = {"w": np.ones(3)}
+        store.save(weights, index=1, step=20, cycle=0, lr=0.01, framework="numpy")
+        store.save(weights, index=2, step=43, due=40, cycle=1, lr=0.2, framework="numpy")
+        store.save(weights, index=3, step=50, cycle=2, lr=0.1, framework="numpy", unfinished=True)
+    (here / "run" / "snapshot-001.safetensors").unlink()
+    first, second, third = cli("inspect", "run").out.splitlines()
+    assert "(missing, numpy)" in first
+    assert "update 43, lr 0.2, due at 40" in second
+    assert "update 50, lr 0.1, unfinished" in third
+    assert "due" not in first + third
+
+
+def test_inspect_tells_of_a_run_that_is_not_finished_and_of_several(cli, stopping, finished):
+    stopping(30)
+    assert cli("train", *SHORT, "--model", "stopping:Net", "--output", "run").code == 130
+    done = cli("inspect", "run", finished)
+    assert done.code == 0
+    assert "run: snapshot, 63 updates, not finished" in done.out
+    assert f"{finished}: snapshot, 63 updates, finished" in done.out
+    assert sum(line.startswith("member ") for line in done.out.splitlines()) == 1 + 3
+
+
+def test_verify_counts_the_members_that_are_as_they_were_written(cli, finished):
+    done = cli("verify", finished)
+    assert (done.code, done.out) == (0, f"{finished}: 3 members, each as it was written\n")
+
+
+@pytest.mark.parametrize("place", [0, 10, 0.5, -1])
+def test_verify_detects_one_altered_byte_and_names_the_file(place, cli, here):
+    with SnapshotStore("run", "w") as store:
+        for index in (1, 2):
+            store.save({"w": np.arange(100.0)}, index=index, step=index, cycle=0, lr=0.1, framework="numpy")
+    path = here / "run" / "snapshot-002.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if place == 0.5 else place] ^= 1
+    path.write_bytes(content)
+    done = cli("verify", "run")
+    assert (done.code, done.out) == (1, "")
+    assert "snapshot-002.safetensors" in done.told
+
+
+# other processes
+
+
+def test_python_m_snapcore_is_the_command(python, cli):
+    done = python("-m", "snapcore", "schedule", "--steps", "10", "--cycles", "4")
+    assert done.code == 0
+    assert done.out == cli("schedule", "--steps", "10", "--cycles", "4").out
+    assert done.told.startswith("snapcore: steps=10 does not fit 4 cycles")
+
+
+def test_backends_lists_what_is_installed(cli):
+    done = cli("backends")
+    assert (done.code, done.err) == (0, "")
+    assert re.search(r"^torch: torch \d+\.\d+.* on ", done.out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_the_extra_the_command_says_how_to_install_it(missing, python):
+    done = python("-c", HIDE + "from snapcore.lab import main; main()", missing, "backends")
+    assert (done.code, done.out) == (1, "")
+    assert done.told == f"snapcore: the command needs {missing}: pip install 'snapcore[lab]'"
+
+
+def test_an_own_module_that_is_missing_is_not_taken_for_the_extra(python):
+    done = python("-c", HIDE + "from snapcore.lab import main; main()", "msgspec")
+    assert done.code == 1
+    assert "No module named 'msgspec'" in done.err
+    assert "snapcore[lab]" not in done.err
+
+
+def test_without_pytorch_every_door_says_how_to_install_it(python):
+    code = """
+import contextlib, io, json
+from snapcore.lab.command import run
+told = []
+for words in (["train"], ["backends"], ["train", "--backend", "torch"]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        told.append([run(words), out.getvalue() + err.getvalue()])
+try:
+    import snapcore_torch
+except ModuleNotFoundError as error:
+    told.append([error.name, str(error)])
+print(json.dumps(told))
+"""
+    done = python("-c", HIDE + code, "torch", "jax")
+    train, backends, named, imported = json.loads(done.out)
+    assert train == [1, "snapcore: no framework is installed: pip install 'snapcore[torch]'\n"]
+    assert backends[0] == 0
+    assert [line.partition(":")[0] for line in backends[1].splitlines()] == ["jax", "torch"]
+    assert imported == ["torch", "snapcore_torch needs PyTorch: pip install 'snapcore[torch]'"]
+    assert named[0] == 1
+    assert "pip install 'snapcore[jax]'" in backends[1]
+    for text in (backends[1].splitlines()[1], named[1].rstrip()):
+        assert "pip install 'snapcore[torch]'" in text
+        assert "\n" not in text

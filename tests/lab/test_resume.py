@@ -1,0 +1,204 @@
+"""A run of the command that is ended anywhere goes on by the same command, and nobody can tell afterwards."""
+
+import csv
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from snapcore import CosineCycles
+from snapcore.lab.command import run
+from snapcore.run import execute
+from snapcore.store import SnapshotStore
+
+TRAIN = ("train", "--model", "stopping:Net", "--epochs", "6", "--cycles", "3")  # 126 updates, members every 42
+HEADER = ["step", "lr", "loss"]
+
+
+@pytest.fixture(scope="module")
+def never_stopped(models, tmp_path_factory):
+    """The directory of a finished run; read it, and leave it as it is."""
+    directory = tmp_path_factory.mktemp("lab") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(models)
+        assert run([*TRAIN, "--output", str(directory)]) == 0
+    return directory
+
+
+@pytest.fixture
+def assert_nobody_can_tell(tensors_of, results):
+    def check(run, whole):
+        assert tensors_of(run) == tensors_of(whole)
+        assert results(run) == results(whole)
+        for name in ("snapcore.json", "job.json", "history.csv"):
+            assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+        assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in whole.iterdir())
+        with (run / "history.csv").open(newline="") as file:
+            header, *rows = csv.reader(file)
+        schedule = CosineCycles(0.1, 126, 3)
+        assert header == HEADER
+        assert [(int(row[0]), float(row[1])) for row in rows] == [(n + 1, schedule(n)) for n in range(126)]
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("how", "update", "options", "kept"),
+    [
+        ("SIGTERM", 60, (), 84),  # told in the middle of a slice, left at its end
+        ("SIGTERM", 55, ("--resume-every", "10"), 60),
+        ("SIGKILL", 100, (), None),
+        ("SIGKILL", 30, ("--resume-every", "7"), None),
+    ],
+)
+def test_a_killed_run_goes_on_by_the_same_command_and_ends_as_if_never_stopped(
+    how, update, options, kept, python, cli, here, stopping, never_stopped, assert_nobody_can_tell
+):
+    command = (*TRAIN, *options, "--output", "killed")
+    killed = python("-m", "snapcore", *command, STOP_AT=str(update), STOP_HOW=how)
+    if kept is None:
+        assert killed.code == -9
+        assert killed.err == ""
+    else:
+        assert killed.code == 143
+        assert killed.told == f"snapcore: killed: left after {kept} of 126 updates; it goes on after update {kept}"
+    assert not (here / "killed" / "results.json").exists()
+    assert cli(*command).code == 0
+    assert_nobody_can_tell(here / "killed", never_stopped)
+
+
+@pytest.mark.parametrize("every", [None, 1, 10])
+@pytest.mark.parametrize("update", [1, 43, 126])
+def test_a_run_left_in_any_update_goes_on_from_its_last_point(
+    update, every, cli, here, stopping, never_stopped, assert_nobody_can_tell, caplog
+):
+    caplog.set_level(logging.INFO, "snapcore")
+    options = () if every is None else ("--resume-every", every)
+    stopping(update)
+    left = cli(*TRAIN, *options, "--output", "left")
+    assert left.code == 130
+    done = update - 1
+    point = max(done // 42 * 42, 0 if every is None else done // every * every)
+    ending = f"it goes on after update {point}" if point else "there is no resume point"
+    assert caplog.messages[-1].endswith(ending)
+    caplog.clear()
+    stopping(None)
+    assert cli(*TRAIN, *options, "--output", "left").code == 0
+    assert caplog.messages == ([f"left goes on after update {point} of 126"] if point else [])
+    assert_nobody_can_tell(here / "left", never_stopped)
+
+
+def test_a_run_that_is_left_again_and_again_still_ends_the_same(
+    cli, here, stopping, never_stopped, assert_nobody_can_tell
+):
+    stopping(25)  # counted from where each attempt begins
+    codes = [cli(*TRAIN, "--resume-every", "10", "--output", "left").code for _ in range(6)]
+    stopping(None)
+    codes.append(cli(*TRAIN, "--resume-every", "10", "--output", "left").code)
+    assert codes == [130] * 6 + [0]
+    assert_nobody_can_tell(here / "left", never_stopped)
+
+
+def test_without_an_output_the_same_command_finds_the_run_it_left(cli, here, stopping):
+    stopping(50)
+    assert cli(*TRAIN).code == 130
+    stopping(None)
+    other = cli(*TRAIN, "--seed", "1")
+    assert other.out.splitlines()[-1].endswith("runs/digits-Net-snapshot-2")
+    same = cli(*TRAIN)
+    assert same.code == 0
+    assert same.out.splitlines()[-1].endswith("runs/digits-Net-snapshot")
+    assert "member 1 " not in same.out
+    assert "member 2 " in same.out
+    assert cli(*TRAIN).out.splitlines()[-1].endswith("runs/digits-Net-snapshot-3")
+
+
+def test_no_resume_without_an_output_begins_a_new_run(cli, here, stopping):
+    stopping(50)
+    assert cli(*TRAIN).code == 130
+    stopping(None)
+    done = cli(*TRAIN, "--no-resume")
+    assert done.out.splitlines()[-1].endswith("runs/digits-Net-snapshot-2")
+    assert len(SnapshotStore("runs/digits-Net-snapshot").members) == 1
+
+
+def test_no_resume_moves_an_unfinished_run_aside(cli, here, stopping, never_stopped, assert_nobody_can_tell):
+    stopping(50)
+    assert cli(*TRAIN, "--output", "run").code == 130
+    stopping(None)
+    assert cli(*TRAIN, "--output", "run", "--no-resume").code == 0
+    assert len(SnapshotStore("run.1").members) == 1
+    assert SnapshotStore("run.1").stopped is None
+    assert_nobody_can_tell(here / "run", never_stopped)
+
+
+def test_an_unfinished_run_of_another_job_is_refused_and_left_as_it_is(cli, here, stopping):
+    stopping(50)
+    assert cli(*TRAIN, "--output", "run").code == 130
+    before = {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()}
+    told = cli(*TRAIN, "--batch-size", "32", "--output", "run").told
+    assert "{'batch_size': 64}, asked for {'batch_size': 32}" in told
+    assert {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()} == before
+
+
+def test_scoring_an_unfinished_run_does_not_keep_it_from_going_on(
+    cli, here, stopping, never_stopped, assert_nobody_can_tell, results
+):
+    stopping(100)
+    assert cli(*TRAIN).code == 130
+    stopping(None)
+    run = here / "runs" / "digits-Net-snapshot"
+    assert cli("evaluate", run).code == 0
+    early = results(run)
+    assert (early["updates"], len(early["members"])) == (84, 2)
+    assert early["members"] == results(never_stopped)["members"][:2]
+    assert cli(*TRAIN).code == 0
+    assert [path.name for path in (here / "runs").iterdir()] == [run.name]
+    assert_nobody_can_tell(run, never_stopped)
+
+
+def test_a_run_without_a_member_cannot_be_scored_yet(cli, here, stopping):
+    stopping(10)
+    assert cli(*TRAIN, "--output", "run").code == 130
+    assert "run holds no finished member: train until the first cycle ends" in cli("evaluate", "run").told
+
+
+@pytest.mark.parametrize("lost", [["results.json"], ["results.json", "training.png", "history.csv"]])
+def test_a_finished_run_without_results_is_scored_and_not_trained_again(
+    lost, cli, here, stopping, never_stopped, results
+):
+    run = Path(shutil.copytree(never_stopped, here / "run"))
+    stamps = {path: path.stat().st_mtime_ns for path in run.glob("snapshot-*")}
+    for name in lost:
+        (run / name).unlink()
+    done = cli(*TRAIN, "--output", "run")
+    assert done.code == 0
+    assert "member " not in done.out
+    assert results(run) == results(never_stopped)
+    assert {path: path.stat().st_mtime_ns for path in run.glob("snapshot-*")} == stamps
+
+
+def test_results_that_could_not_be_written_whole_are_not_there_at_all(cli, here, stopping, never_stopped, monkeypatch):
+    def no_room(self, content):
+        raise OSError(28, "No space left on device")
+
+    shutil.copytree(never_stopped, here / "run")
+    before = (here / "run" / "results.json").read_bytes()
+    monkeypatch.setattr("pathlib.Path.write_bytes", no_room)
+    assert "No space left on device" in cli("evaluate", "run").told
+    assert (here / "run" / "results.json").read_bytes() == before
+
+
+def test_the_history_is_whole_when_the_last_member_is_there(cli, here, stopping, monkeypatch):
+    """Killed between the last member and the results, nothing is trained again that could fill the table."""
+
+    def killed_at_the_end(*arguments, **options):
+        execute(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("snapcore.lab.train.execute", killed_at_the_end)
+        assert cli(*TRAIN, "--output", "run").code == 130
+    assert SnapshotStore("run").stopped == "finished"
+    assert (here / "run" / "history.csv").read_text().count("\n") == 1 + 126
