@@ -1,0 +1,77 @@
+"""What goes wrong in a child process, and where: a signal to itself, an error of the system, a full disk."""
+
+import errno
+import functools
+import importlib
+import itertools
+import os
+import resource
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOM = 10_000
+"""Bytes that a file may have once the disk is full: enough for what the run says, too few for a member."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that goes wrong.
+
+    Arguments:
+        call: the function at which it does, as `module:name` or `module:Class.name`.
+        act: the name of a signal or of an error, or `FULL`.
+        match: only calls that have this text in their arguments; a file descriptor counts as its path.
+        count: at which of those calls.
+        after: once the call has returned, instead of before it.
+        always: at that call and at all later ones.
+    """
+
+    call: str
+    act: str = "SIGKILL"
+    match: str = ""
+    count: int = 1
+    after: bool = False
+    always: bool = False
+
+
+def install(fault: Fault) -> None:
+    """Put a function that has the fault in the place of the one it names."""
+    module, _, path = fault.call.partition(":")
+    *outer, name = path.split(".")
+    owner = functools.reduce(getattr, outer, importlib.import_module(module))
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    @functools.wraps(original)
+    def replacement(*args, **kwargs):
+        number = next(calls) if fault.match in _text(args) else 0
+        now = number == fault.count or (fault.always and number > fault.count)
+        if now and not fault.after:
+            _act(fault.act)
+        result = original(*args, **kwargs)
+        if now and fault.after:
+            _act(fault.act)
+        return result
+
+    setattr(owner, name, replacement)
+
+
+def _text(args: tuple[object, ...]) -> str:
+    return " ".join(
+        str(arg) if type(arg) is not int else _path(arg) for arg in args if isinstance(arg, str | Path | int)
+    )
+
+
+def _path(descriptor: int) -> str:
+    link = Path(f"/proc/self/fd/{descriptor}")
+    return str(link.readlink()) if link.is_symlink() else ""
+
+
+def _act(act: str) -> None:
+    if act.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, act))
+    elif act == "FULL":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, ROOM))
+    else:
+        number = getattr(errno, act)
+        raise OSError(number, os.strerror(number))
