@@ -180,3 +180,8 @@ def test_a_backend_that_breaks_one_rule_fails_at_exactly_that_rule(broken):
 
 def test_every_rule_has_a_backend_that_breaks_it():
     assert [rule[5:12].replace("rule_", "Rule") for rule in RULES] == [broken.__name__ for broken in BROKEN]
+
+
+def test_a_suite_must_say_which_backend_it_tests():
+    with pytest.raises(NotImplementedError):
+        BackendConformance().backend()

@@ -1,0 +1,33 @@
+"""Arrays that cannot be copied any more, because an update was given them, or not yet, because they are traced."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from snapcore import ProtocolError
+from snapcore_jax.trees import named_leaves
+
+
+def donated(parts: Mapping[str, Any]) -> str | None:
+    """Return the name of an array that was donated, or None.
+
+    Arguments:
+        parts: trees by name.
+    """
+    leaves = named_leaves(parts).items()
+    return next((name for name, leaf in leaves if isinstance(leaf, jax.Array) and leaf.is_deleted()), None)
+
+
+def refuse_unusable(parts: Mapping[str, Any]) -> None:
+    """Raise `ProtocolError` if an array was donated or is being traced, with the rule that was broken and the cure."""
+    for name, leaf in named_leaves(parts).items():
+        if isinstance(leaf, jax.core.Tracer):
+            raise ProtocolError(f"{name!r} is being traced: call run.step outside of jax.jit, after the update")
+    gone = donated(parts)
+    if gone:
+        raise ProtocolError(
+            f"the array {gone!r} was donated to an update and is gone: what a function takes with donate_argnums must "
+            "not be used after it. Hand on what the update returned: "
+            "variables, rest = update(variables, rest, …); variables, rest = run.step(variables, rest)"
+        )

@@ -1,0 +1,379 @@
+"""A run for a training loop of your own: it counts, takes the snapshots, and goes on after a kill."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar, overload
+
+from numpy.typing import NDArray
+
+from snapcore import Program, ProtocolError, Schedule
+from snapcore.protocol import Event, Restart
+from snapcore.recorder import AGREE_EVERY, Recorder, restart_weights
+from snapcore.resume import read_point
+from snapcore_jax.counting import Optimizer, read_count, with_new_moments
+from snapcore_jax.distributed import own_group
+from snapcore_jax.donation import donated, refuse_unusable
+from snapcore_jax.state import Copy, dump_training, load_training, named_leaves, with_leaves
+
+Batch = TypeVar("Batch")
+Variables = TypeVar("Variables")
+Rest = TypeVar("Rest")
+Tensors = Mapping[str, NDArray[Any]]
+
+log = logging.getLogger("snapcore")
+
+_MISSING: Any = object()
+
+
+class SnapshotRun:
+    """Take snapshots from a training loop of your own, and go on after a kill.
+
+    JAX's values do not change, so the loop hands them over and goes on with what it gets back: most often the same,
+    after a restart others. A snapshot is a copy made on the device before `step` returns, so updates may be given
+    (donated) all that they were given before. The rate is the optimizer's own: build it with `snapshot_schedule`.
+
+    An update is what the optimizer counts by its schedules, or with `optax.MultiSteps` by its gradient steps; what
+    `optax.apply_if_finite` leaves out is not counted, and one call of `step` may follow several updates of a
+    `lax.scan`. That count is read only when the end of a cycle may be reached, so that no update waits for it. Of an
+    optimizer without one, calls of `step` count.
+
+    Arguments:
+        directory: the run's own; created. In several processes, one that all of them see.
+        cycles_or_program: a schedule, or a program from `snapcore.program`.
+        resume: go on with an unfinished run that is there; False moves any run aside.
+        resume_every: updates between two resume points, beside those at every cycle's end.
+        init: for programs with `fresh` restarts: gives variables for a member number.
+        optimizer: for programs that reset the optimizer: the `optax.GradientTransformation`, or a function from
+            variables to a new optimizer state. Schedules keep their counts.
+
+    Raises:
+        StoreError: the directory holds a finished run or another program's, or one that cannot be resumed; is being
+            written; or cannot be written.
+        ProtocolError: the program needs `init` or `optimizer`, and it is missing.
+
+    Example:
+        >>> import tempfile, jax, jax.numpy as jnp, optax
+        >>> from snapcore import CosineCycles
+        >>> from snapcore_jax import snapshot_schedule
+        >>> cycles = CosineCycles(lr=0.1, steps=64, cycles=4)
+        >>> tx = optax.sgd(snapshot_schedule(cycles), momentum=0.9)
+        >>> @jax.jit
+        ... def update(params, state, x):
+        ...     grads = jax.grad(lambda params: jnp.square(x @ params["w"]).mean())(params)
+        ...     updates, state = tx.update(grads, state)
+        ...     return optax.apply_updates(params, updates), state
+        >>> params = {"w": jnp.ones((4, 2))}
+        >>> with tempfile.TemporaryDirectory() as folder, SnapshotRun(folder, cycles) as run:
+        ...     params, state = run.start(params, tx.init(params))
+        ...     for x in run.batches([jnp.ones((8, 4))]):
+        ...         params, state = run.step(*update(params, state, x))
+        >>> run.updates, run.finished
+        (64, True)
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        cycles_or_program: Schedule | Program,
+        *,
+        resume: bool = True,
+        resume_every: int | None = None,
+        init: Callable[[int], Any] | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        _check_needs(cycles_or_program, init, optimizer)
+        self._init, self._optimizer = init, optimizer
+        self._group = own_group()
+        self._recorder = Recorder(
+            directory,
+            cycles_or_program,
+            self._Source(self),
+            framework="jax",
+            resume=resume,
+            resume_every=resume_every,
+            group=self._group,
+        )
+        self._cursor, self._every = self._recorder.cursor, resume_every
+        self._variables = self._rest = _MISSING
+        self._begun, self._resumable = False, True
+        self._before: int | None = None  # what the optimizer had counted when this run had done no update
+        self._calls, self._per_call = 0, 1  # since the cursor was moved; updates in each, as far as is known
+        self._reach = 0  # updates that may be done before the next look: none, so that the first call looks
+
+    @property
+    def updates(self) -> int:
+        """Updates done, as of the last `step`; asking waits for that update."""
+        return self._cursor.step + self._new_updates()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the program has stopped."""
+        return self._cursor.finished
+
+    @property
+    def lr(self) -> float:
+        """The schedule's rate for the next update; asking waits for the last one."""
+        return self._cursor.schedule(self.updates)
+
+    @overload
+    def start(self, variables: Variables) -> Variables: ...
+    @overload
+    def start(self, variables: Variables, rest: Rest) -> tuple[Variables, Rest]: ...
+    def start(self, variables: Any, rest: Any = _MISSING) -> Any:
+        """Return what to begin with: what is given, or what was saved if there is something to go on with.
+
+        Arguments:
+            variables: all that the forward pass needs, as any tree: Flax NNX modules and states, Linen variables,
+                Equinox modules, dictionaries. Random keys in it are saved, but are no part of a member.
+            rest: the optimizer's state, random keys, and whatever else the loop goes on with. Without it members are
+                taken as ever, but the run cannot be resumed.
+
+        Returns:
+            `variables`, or (`variables`, `rest`), of the same structure, dtypes and shardings.
+
+        Raises:
+            ProtocolError: it was called before, or after the first `step`; or the program resets the optimizer, and
+                there is no `rest`.
+            CorruptSnapshotError, DataError: the resume point cannot be read, or does not fit what is given.
+        """
+        if self._begun:
+            raise ProtocolError("run.start is called once, before the first run.step")
+        self._begin(variables, rest)
+        self._restart(self._recorder.start())
+        if self._resumable:
+            self._find_count()
+        return self._held()
+
+    @overload
+    def step(self, variables: Variables) -> Variables: ...
+    @overload
+    def step(self, variables: Variables, rest: Rest) -> tuple[Variables, Rest]: ...
+    def step(self, variables: Any, rest: Any = _MISSING) -> Any:
+        """Record the update just done, take what is due, and return what to go on with.
+
+        Arguments:
+            variables: as the update returned them.
+            rest: as the update returned it; given always, or never.
+
+        Returns:
+            What was given, or after a restart other values of the same structure.
+
+        Raises:
+            ProtocolError: an update came after the program had stopped; `rest` is missing, or was before; or an array
+                was donated to an update.
+            StoreError, DivergedError: an earlier member could not be written or was refused.
+            SystemExit: with code 143, after a SIGTERM and its resume point.
+        """
+        looks = (self._calls + 1) * self._per_call >= self._reach or self._recorder.told_to_end
+        if looks:
+            refuse_unusable(_parts(variables, rest))
+        self._take_in(variables, rest)
+        self._calls += 1
+        self._recorder.epochs.settle()
+        if not looks:
+            self._recorder.record(0)  # raises what the writer has met
+            return self._held()
+        events = self._recorder.record(self._counted(), late="take")
+        if events:
+            self._restart(events)
+        self._reach = self._until_due()
+        held = self._held()
+        if self.finished:
+            self._variables = self._rest = _MISSING  # nothing more is copied, and the memory is the loop's
+        return held
+
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the loader's batches, epoch after epoch, until the program stops; after a resume, go on where it was.
+
+        The order is exact if it depends on the random states of NumPy or Python, on a sampler's `set_epoch`, or on
+        nothing.
+        """
+        return self._recorder.batches(_Epoch(loader, self._catch_up))
+
+    def finish(self, reason: str) -> None:
+        """End early, with an unfinished member if an update was done since the last one."""
+        refuse_unusable(self._parts())
+        self._settle()
+        self._recorder.finish(reason)
+        self._variables = self._rest = _MISSING
+
+    def close(self) -> None:
+        """Wait for the writer and raise its error, if it has one; a run left early may be opened again."""
+        exact = False
+        try:
+            if not donated(self._parts()):  # else the loop was left between an update and its step
+                self._settle()
+                exact = True
+        finally:
+            self._recorder.close(exact=exact)
+            self._variables = self._rest = _MISSING
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+            return
+        if not self.finished:  # for the message alone: nothing is written any more
+            self._cursor.advance(min(self._calls * self._per_call, self._cursor.until_next - 1))
+        self._recorder.__exit__(kind, error, trace)
+        self._variables = self._rest = _MISSING
+
+    def _take_in(self, variables: Any, rest: Any) -> None:
+        if not self._begun:
+            if read_point(self._recorder.directory) is not None:
+                raise ProtocolError(
+                    f"{self._recorder.directory} holds an unfinished run: begin with "
+                    "variables, rest = run.start(variables, rest), which gives back what was saved"
+                )
+            self._begin(variables, rest)
+            self._before = None if read_count(self._rest_or_nothing()) is None else 0
+        if (rest is not _MISSING) != self._resumable:
+            raise ProtocolError(
+                "give run.step the rest (optimizer state, keys) at every update and at run.start, or never"
+            )
+        self._variables, self._rest = variables, rest
+
+    def _begin(self, variables: Any, rest: Any) -> None:
+        self._resumable = rest is not _MISSING
+        if not self._resumable:
+            if self._recorder.program.between.optimizer == "reset":
+                raise ProtocolError(
+                    f"{self._recorder.program.method} resets the optimizer: give run.start its state too"
+                )
+            log.warning(
+                "%s: without the optimizer's state this run cannot be resumed; pass it as rest: "
+                "variables, rest = run.start(variables, rest)",
+                self._recorder.directory,
+            )
+        self._variables, self._rest = variables, rest
+        self._begun = True
+
+    def _find_count(self) -> None:
+        count = read_count(self._rest)
+        self._before = None if count is None else count - self._cursor.step
+        if self._before:
+            log.warning(
+                "%s: the optimizer has counted %d updates that this run has not seen; its schedule is that far ahead",
+                self._recorder.directory,
+                self._before,
+            )
+
+    def _held(self) -> Any:
+        return (self._variables, self._rest) if self._resumable else self._variables
+
+    def _parts(self) -> dict[str, Any]:
+        return _parts(self._variables, self._rest)
+
+    def _rest_or_nothing(self) -> Any:
+        return self._rest if self._resumable else ()
+
+    def _until_due(self) -> int:
+        """Return how many updates may be done until something must be written, or agreed upon."""
+        lengths = (self._every, AGREE_EVERY if self._group else None)
+        return min([self._cursor.until_next, *(each - self._cursor.step % each for each in lengths if each)])
+
+    def _new_updates(self) -> int:
+        """Return how many updates were done since the cursor was moved."""
+        if not self._calls or self._before is None:
+            return self._calls
+        refuse_unusable(self._parts())
+        count = read_count(self._rest)
+        new = -1 if count is None else count - self._before - self._cursor.step
+        if new < 0:
+            raise ProtocolError(
+                f"the optimizer counts {count} updates, but had done {self._before + self._cursor.step} before: when "
+                "its state is made anew, its schedules' counts must be kept"
+            )
+        return new
+
+    def _counted(self) -> int:
+        new = self._new_updates()
+        if self._calls:
+            self._per_call = max(self._per_call, -(-new // self._calls))
+        self._calls = 0
+        return new
+
+    def _settle(self) -> None:
+        """Move the cursor to where the loop is, for the last time."""
+        if self._calls and not self.finished:
+            self._recorder.record(self._counted(), late="take")
+
+    def _catch_up(self) -> None:
+        """Move the cursor to where the loop is; what is due at the end of a cycle is left to `step`."""
+        if self._calls and not self.finished and self._new_updates() < self._cursor.until_next:
+            self._recorder.record(self._counted())
+            self._reach = self._until_due()
+
+    def _restart(self, events: tuple[Event, ...]) -> None:
+        for event in events:
+            if isinstance(event, Restart):
+                tensors = restart_weights(event, self._recorder, self._fresh)
+                if tensors is not None:
+                    what = f"the {event.source} member"
+                    self._variables = with_leaves(self._variables, tensors, what, random=False)
+                if event.optimizer == "reset":
+                    self._rest = with_new_moments(self._optimizer, self._variables, self._rest)
+
+    def _fresh(self, member: int) -> Tensors:
+        variables = self._init(member)  # type: ignore[misc]  # refused at construction if missing
+        return Copy(named_leaves(variables, random=False)).resolve()
+
+    class _Source:
+        """What is being trained, as the recorder sees it."""
+
+        def __init__(self, run: "SnapshotRun") -> None:
+            self._run = run
+
+        def capture(self) -> Copy:
+            return Copy(named_leaves(self._run._variables, random=False))
+
+        def dump(self) -> tuple[Copy, dict[str, Any]] | None:
+            run = self._run
+            return (dump_training(run._variables, run._rest), {}) if run._resumable else None
+
+        def load(self, tensors: Tensors, values: dict[str, Any]) -> None:  # noqa: ARG002
+            run = self._run
+            run._variables, run._rest = load_training(run._variables, run._rest_or_nothing(), tensors)
+
+        def random_state(self) -> None:
+            """Nothing: JAX's keys are among the arrays."""
+
+        def set_random_state(self, state: Any) -> None:
+            """Nothing to set."""
+
+
+class _Epoch:
+    """A loader that brings the run up to date when it has been walked through."""
+
+    def __init__(self, loader: Iterable[Any], catch_up: Callable[[], None]) -> None:
+        self._loader, self._catch_up = loader, catch_up
+        self.sampler = getattr(loader, "sampler", None)
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._loader
+        self._catch_up()
+
+
+def _check_needs(program: Schedule | Program, init: object, optimizer: object) -> None:
+    if not isinstance(program, Program):
+        return
+    if program.between.source == "fresh" and init is None:
+        raise ProtocolError(
+            f"{program.method} starts members from fresh weights: pass init=, a function that gives variables for a "
+            "member number"
+        )
+    if program.between.optimizer == "reset" and optimizer is None:
+        raise ProtocolError(
+            f"{program.method} resets the optimizer between members: pass optimizer=, the optax transformation, or a "
+            "function from variables to a new optimizer state"
+        )
+
+
+def _parts(variables: Any, rest: Any) -> dict[str, Any]:
+    return {name: part for name, part in (("variables", variables), ("rest", rest)) if part is not _MISSING}

@@ -1,0 +1,100 @@
+"""A tree's arrays on their way to the host, and all that training needs to go on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from snapcore.recorder import WEIGHTS
+from snapcore_jax.distributed import whole
+from snapcore_jax.trees import Tensors, is_key, named_leaves, with_leaves
+
+__all__ = ["Copy", "Tensors", "dump_training", "load_training", "named_leaves", "with_leaves"]
+
+REST = "rest/"
+"""What the names of everything but the weights begin with in a resume point: moments, counts, random keys."""
+
+_RANDOM = REST + "random/"  # the random keys inside the weights' own tree
+_OTHERS = REST + "state/"
+
+
+class Copy:
+    """A copy of named arrays on their own devices, on its way to the host.
+
+    It is made before this returns the hand to the loop, so that the next update may be given (donated) the originals.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self._tensors = _duplicated({name: _local(value) for name, value in tensors.items()})
+        for value in self._tensors.values():
+            if isinstance(value, jax.Array):
+                value.copy_to_host_async()
+
+    def resolve(self) -> dict[str, NDArray[Any]]:
+        """Return the copy as host arrays that own their memory; bfloat16 as ml_dtypes' own, keys as their data."""
+        return {name: _owned(np.asarray(value)) for name, value in self._tensors.items()}
+
+
+def dump_training(variables: Any, rest: Any = ()) -> Copy:
+    """Return a copy of all that training needs to go on, as `load_training` takes it.
+
+    Arguments:
+        variables: whose arrays, but for random keys, become the members.
+        rest: optimizer state, keys, anything else.
+    """
+    weights = named_leaves(variables, random=False)
+    keys = {name: value for name, value in named_leaves(variables).items() if name not in weights}
+    return Copy(_prefixed(WEIGHTS, weights) | _prefixed(_RANDOM, keys) | _prefixed(_OTHERS, named_leaves(rest)))
+
+
+def load_training(variables: Any, rest: Any, tensors: Tensors, what: str = "the resume point") -> tuple[Any, Any]:
+    """Return variables and rest like those given, with what `dump_training` copied.
+
+    Raises:
+        DataError: names or shapes are not those of `variables` and `rest`.
+    """
+    saved = _part(tensors, WEIGHTS) | _part(tensors, _RANDOM)
+    return with_leaves(variables, saved, what), with_leaves(rest, _part(tensors, _OTHERS), what)
+
+
+def _local(value: Any) -> Any:
+    if not isinstance(value, jax.Array):
+        return np.array(value)
+    data = jax.random.key_data(value) if is_key(value) else value
+    if data.is_fully_replicated:
+        return data.addressable_data(0)  # one of many equal copies will do
+    return data if data.is_fully_addressable else whole(data)
+
+
+def _duplicated(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Copy what lies on the same devices in one call; two in one call would be moved together."""
+    places: dict[Any, list[str]] = {}
+    for name, value in tensors.items():
+        if isinstance(value, jax.Array):
+            places.setdefault(frozenset(value.devices()), []).append(name)
+    copies = {
+        name: copied
+        for names in places.values()
+        for name, copied in zip(names, _copies([tensors[name] for name in names]), strict=True)
+    }
+    return {name: copies.get(name, value) for name, value in tensors.items()}
+
+
+@jax.jit
+def _copies(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.copy(array) for array in arrays]
+
+
+def _owned(array: NDArray[Any]) -> NDArray[Any]:
+    return array if array.flags.owndata else array.copy()
+
+
+def _prefixed(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
+    return {prefix + name: value for name, value in named.items()}
+
+
+def _part(tensors: Tensors, prefix: str) -> dict[str, NDArray[Any]]:
+    return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}

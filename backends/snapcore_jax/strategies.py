@@ -1,0 +1,177 @@
+"""The ways to run all members on one batch, each compiled once for every shape of batch."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from snapcore import DataError
+
+
+class Still:
+    """What a tree holds beside arrays: compiled for its value, and compiled again for another.
+
+    Arguments:
+        structure: of the whole tree.
+        values: the leaves that are no arrays, with None in the place of those that are.
+    """
+
+    def __init__(self, structure: Any, values: Sequence[Any]) -> None:
+        self._structure, self._values = structure, tuple(values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Still) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def whole(self, arrays: Sequence[Any]) -> Any:
+        """Return the tree, with `arrays` in their places."""
+        given = iter(arrays)
+        return jax.tree.unflatten(self._structure, [next(given) if value is None else value for value in self._values])
+
+    def _key(self) -> Hashable:
+        return self._structure, tuple((type(value), value) for value in self._values)  # True is not 1
+
+
+def apart(tree: Any) -> tuple[list[Any], Still]:
+    """Return the arrays of a tree, and the rest of it."""
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = [leaf for leaf in leaves if _is_array(leaf)]
+    return arrays, Still(structure, [None if _is_array(leaf) else leaf for leaf in leaves])
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+Weights = list[Any]
+"""A member's arrays, in the order of its tree."""
+Batch = tuple[list[Any], Still]
+"""The arguments of a call, taken apart."""
+Found = tuple[jax.Array, jax.Array]
+"""Probabilities, and whether the outputs already were probabilities; of one member, or of each along a first axis."""
+Member = Callable[[Weights, Batch], Found]
+Every = Callable[[Any, Batch], Found]
+
+
+class Strategy:
+    """One way to run all members, compiled.
+
+    Arguments:
+        weights: the members' arrays, in the form that `every` takes them.
+        every: gives what every member finds of a batch, the member axis first.
+        where: which devices it runs on: the batch is put there, and what comes out is put on this process's first.
+    """
+
+    def __init__(self, weights: Any, every: Every, where: NamedSharding | None = None) -> None:
+        def each(weights: Any, arrays: list[Any], still: Still) -> Found:
+            probabilities, suspects = every(weights, (arrays, still))
+            return probabilities, suspects[0]
+
+        def mean(weights: Any, arrays: list[Any], still: Still) -> Found:
+            probabilities, suspect = each(weights, arrays, still)
+            return probabilities.mean(0), suspect
+
+        self._weights, self._where = weights, where
+        self._mean, self._each = jax.jit(mean, static_argnums=2), jax.jit(each, static_argnums=2)
+
+    def mean(self, batch: Batch) -> Found:
+        """Return the mean probabilities, and whether the first member's outputs already were probabilities."""
+        return self._run(self._mean, batch)
+
+    def each(self, batch: Batch) -> Found:
+        """Return every member's probabilities, the member axis first, and the same."""
+        return self._run(self._each, batch)
+
+    def _run(self, compiled: Callable[..., Found], batch: Batch) -> Found:
+        arrays, still = batch
+        if self._where is None:
+            return compiled(self._weights, arrays, still)
+        found = compiled(self._weights, jax.device_put(arrays, self._where), still)
+        first: Found = jax.device_put(found, jax.local_devices()[0])
+        return first
+
+
+def loop(member: Member, members: Sequence[Weights]) -> Strategy:
+    """Run one member after the other, in one compiled function."""
+
+    def every(members: Sequence[Weights], batch: Batch) -> Found:
+        found = [member(weights, batch) for weights in members]
+        return jnp.stack([part for part, _ in found]), jnp.stack([suspect for _, suspect in found])
+
+    return Strategy(tuple(members), every)
+
+
+def stacked(member: Member, members: Sequence[Weights]) -> Strategy:
+    """Run all members at once: their arrays stacked, the function vectorised over them (`jax.vmap`)."""
+    return Strategy(_stacks(members), _vectorised(member))
+
+
+def mapped(member: Member, members: Sequence[Weights]) -> Strategy:
+    """Run one member at a time, compiled for one (`jax.lax.map`): the least to compile, and the least memory."""
+
+    def every(weights: Weights, batch: Batch) -> Found:
+        found: Found = lax.map(lambda each: member(each, batch), weights)
+        return found
+
+    return Strategy(_stacks(members), every)
+
+
+def sharded(member: Member, members: Sequence[Weights]) -> Strategy:
+    """Run the members spread evenly over this process's devices; the batch goes to all of them.
+
+    Raises:
+        DataError: there is one device, or the members cannot be spread evenly over several.
+    """
+    devices = jax.local_devices()
+    count = max(n for n in range(1, len(devices) + 1) if len(members) % n == 0)
+    if count == 1:
+        raise DataError(
+            "strategy 'sharded' spreads members evenly over several devices, which cannot be done with "
+            f"{len(members)} members and {len(devices)} devices: use another strategy, or another number of members"
+        )
+    mesh, spread = Mesh(np.array(devices[:count]), ("members",)), PartitionSpec("members")
+
+    def every(weights: Weights, batch: Batch) -> Found:
+        arrays, still = batch
+        local = _vectorised(member)
+        run: Callable[..., Found] = jax.shard_map(
+            lambda weights, arrays: local(weights, (arrays, still)),
+            mesh=mesh,
+            in_specs=(spread, PartitionSpec()),
+            out_specs=spread,
+        )
+        return run(weights, arrays)
+
+    weights = jax.device_put(_stacks(members), NamedSharding(mesh, spread))
+    return Strategy(weights, every, NamedSharding(mesh, PartitionSpec()))
+
+
+STRATEGIES: dict[str, Callable[[Member, Sequence[Weights]], Strategy]] = {
+    "loop": loop,
+    "stacked": stacked,
+    "map": mapped,
+    "sharded": sharded,
+}
+
+
+def _vectorised(member: Member) -> Every:
+    def every(weights: Weights, batch: Batch) -> Found:
+        found: Found = jax.vmap(lambda each: member(each, batch))(weights)
+        return found
+
+    return every
+
+
+def _stacks(members: Sequence[Weights]) -> Weights:
+    made: dict[tuple[int, ...], jax.Array] = {}
+    for same in zip(*members, strict=True):
+        tied = tuple(map(id, same))  # what two layers share is stacked once
+        if tied not in made:
+            made[tied] = jnp.stack(same)
+    return [made[tuple(map(id, same))] for same in zip(*members, strict=True)]
