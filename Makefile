@@ -6,14 +6,22 @@ BIN := $(VENV)/bin
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test lint bench docs clean
+# JAX runs threads, and a process with threads is not to be forked, which data loaders do: each has its own run.
+THREADED := tests/jax tests/lab tests/test_docs.py tests/conformance/test_jax.py
+FORKING := tests $(addprefix --ignore=,$(THREADED))
+
+.PHONY: demo test durability lint bench docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/snapcore train
 
 test: $(VENV)/.test
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --cov --cov-report=term $(ARGS)
-	$(ONE_THREAD) $(BIN)/python -m pytest --doctest-modules --pyargs snapcore snapcore_torch
+	SNAPCORE_REQUIRE=torch,jax $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --cov --cov-report=term $(FORKING) $(ARGS)
+	SNAPCORE_REQUIRE=torch,jax $(ONE_THREAD) $(BIN)/python -m pytest -n 2 $(THREADED) $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest --doctest-modules --pyargs snapcore snapcore_torch snapcore_jax
+
+durability: $(VENV)/.test
+	SNAPCORE_KILLS=100 SNAPCORE_DAMAGE=10000 $(ONE_THREAD) $(BIN)/python -m pytest tests/durability -n 2 -q $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
@@ -22,7 +30,7 @@ lint: $(VENV)/.lint
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m pytest tests/bench --benchmark-only -q -s $(ARGS)
+	$(BIN)/python -m pytest tests/bench --benchmark-only --benchmark-quiet -q $(ARGS)
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html

@@ -40,7 +40,32 @@ def torch_scene():
     }
 
 
-SCENES = {"torch": torch_scene}
+def jax_scene():
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    def apply_fn(params, x):
+        return x @ params["w"]
+
+    def train_step(tx, params, opt_state, x, y):
+        def loss(params):
+            return optax.softmax_cross_entropy_with_integer_labels(apply_fn(params, x), y).mean()
+
+        updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    x, y = jax.random.normal(jax.random.key(0), (40, 4)), jnp.arange(40) % 3
+    return {
+        "epochs": 20,
+        "data": [(x[k : k + 10], y[k : k + 10]) for k in range(0, 40, 10)],
+        "params": {"w": jnp.zeros((4, 3))},
+        "train_step": train_step,
+        "apply_fn": apply_fn,
+    }
+
+
+SCENES = {"torch": torch_scene, "jax": jax_scene}
 
 
 def check_doctest(text, names, page, line):
