@@ -16,8 +16,8 @@ demo: $(VENV)/.demo
 	$(BIN)/snapcore train
 
 test: $(VENV)/.test
-	SNAPCORE_REQUIRE=torch,jax $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --cov --cov-report=term $(FORKING) $(ARGS)
-	SNAPCORE_REQUIRE=torch,jax $(ONE_THREAD) $(BIN)/python -m pytest -n 2 $(THREADED) $(ARGS)
+	SNAPCORE_REQUIRE=torch,jax $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --cov --cov-report=term $(FORKING)
+	SNAPCORE_REQUIRE=torch,jax $(ONE_THREAD) $(BIN)/python -m pytest -n 2 $(THREADED)
 	$(ONE_THREAD) $(BIN)/python -m pytest --doctest-modules --pyargs snapcore snapcore_torch snapcore_jax
 
 durability: $(VENV)/.test
@@ -57,7 +57,7 @@ $(VENV)/.bench: $(VENV)/.test
 	$(PIP) --no-deps torchensemble
 	touch $@
 
-$(VENV)/.docs: $(VENV)/.demo
+$(VENV)/.docs: $(VENV)/.test
 	$(PIP) --group docs
 	touch $@
 
