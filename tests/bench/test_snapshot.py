@@ -1,7 +1,7 @@
 """How long a snapshot of 100 MB keeps the loop waiting, beside a bare copy and beside `torch.save`."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,49 +20,41 @@ SNAPSHOTS = 500
 
 def test_loop_waits_for_a_snapshot_about_as_long_as_for_a_copy(compare, tmp_path):
     model = hundred_megabytes()
-    with _snapshots(tmp_path, model) as ours:
-        compare(
-            "run.step() that takes 100 MB",
-            ours,
-            {"[t.clone() for t in state]": _clones(model)},
-            target="≤ 1.3",
-        )
+    with _snapshots(tmp_path, model) as (ours, prepare, kept):
+        state = list(model.state_dict().values())
+        copies = Contender(lambda: kept.extend([tensor.clone() for tensor in state]), prepare)
+        compare("run.step() that takes 100 MB", ours, {"[t.clone() for t in state]": copies}, target="≤ 1.3")
 
 
 def test_loop_waits_for_a_snapshot_beside_torch_save(compare, tmp_path):
     model, file = hundred_megabytes(), tmp_path / "state.pt"
-    with _snapshots(tmp_path / "run", model) as ours:
+    with _snapshots(tmp_path / "run", model) as (ours, prepare, _):
         compare(
             "run.step() that takes 100 MB",
             ours,
             {
-                "torch.save": Contender(lambda: torch.save(model.state_dict(), file)),
-                "torch.save + fsync": Contender(lambda: _save_and_flush(model, file)),
+                "torch.save": Contender(lambda: torch.save(model.state_dict(), file), prepare),
+                "torch.save + fsync": Contender(lambda: _save_and_flush(model, file), prepare),
             },
         )
     file.unlink()
 
 
 @contextmanager
-def _snapshots(directory: Path, model: nn.Module) -> Iterator[Contender]:
-    """Give one snapshot per sample; before it, the writer becomes idle and the member before it is deleted."""
+def _snapshots(directory: Path, model: nn.Module) -> Iterator[tuple[Contender, Callable[[], None], list[torch.Tensor]]]:
+    """Give one snapshot per sample, and what makes all contenders begin alike: an idle writer, no files, no copies."""
     schedule = StepDecay(lr=0.1, steps=SNAPSHOTS, snapshots=SNAPSHOTS)
+    kept: list[torch.Tensor] = []
     with SnapshotRun(directory, schedule, model, SGD(model.parameters(), lr=0.1)) as run:
 
         def prepare() -> None:
             run._recorder._writer.drain()
+            kept.clear()
             for file in directory.glob("snapshot-*"):
                 file.unlink()
 
-        yield Contender(lambda: run.step(updates=1), prepare)
+        yield Contender(lambda: run.step(updates=1), prepare), prepare, kept
         prepare()
-
-
-def _clones(model: nn.Module) -> Contender:
-    """Give copies that are kept, as a snapshot is: to free them is no part of taking them."""
-    kept: list[torch.Tensor] = []
-    state = list(model.state_dict().values())
-    return Contender(lambda: kept.extend([tensor.clone() for tensor in state]), kept.clear)
 
 
 def _save_and_flush(model: nn.Module, path: Path) -> None:
