@@ -4,6 +4,7 @@ The file is checked before it is believed. A reader meets either the members tha
 error naming the file: no field is guessed, ignored or filled in, and no name leads out of the directory.
 """
 
+import hashlib
 import json
 import math
 import operator
@@ -109,12 +110,13 @@ def new_member(
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Hold the whole of `snapcore.json`: the program run, why it stopped, and the members by index."""
+    """Hold the whole of `snapcore.json`: the program run, why it stopped, the members by index, and its own digest."""
 
     format: int = FORMAT
     program: dict[str, Any] | None = None
     stopped: str | None = None
     members: tuple[Member, ...] = ()
+    sha256: str = ""
 
     def __post_init__(self) -> None:
         for name in ("index", "file"):
@@ -169,11 +171,26 @@ def format_manifest(manifest: Manifest) -> bytes:
         StoreError: it holds something that would not be accepted.
     """
     try:
-        data = msgspec.json.encode(manifest)
+        data = msgspec.json.encode(sealed(manifest))
         msgspec.json.decode(data, type=Manifest)
     except _REFUSALS as error:
         raise StoreError(f"a manifest must be what {MANIFEST} can hold: {error}; pass plain values") from error
     return msgspec.json.format(data, indent=2) + b"\n"
+
+
+def sealed(manifest: Manifest) -> Manifest:
+    """Return the manifest with the digest of all the rest of it."""
+    return msgspec.structs.replace(manifest, sha256=_digest(manifest))
+
+
+def is_sealed(manifest: Manifest) -> bool:
+    """Tell whether a manifest has the digest of its content, or never had one."""
+    return manifest.sha256 in ("", _digest(manifest))
+
+
+def _digest(manifest: Manifest) -> str:
+    """Return the SHA-256 of all but the digest itself; spaces and line ends do not count."""
+    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(manifest, sha256=""))).hexdigest()
 
 
 def plain(program: dict[str, Any]) -> dict[str, Any]:

@@ -28,9 +28,11 @@ from snapcore.manifest import (
     describes,
     entry,
     format_manifest,
+    is_sealed,
     new_member,
     plain,
     read_manifest,
+    sealed,
 )
 
 __all__ = ["Member", "SnapshotStore", "move_aside"]
@@ -243,6 +245,7 @@ class SnapshotStore:
             fault = self._fault(path, member, verify)
         if fault:
             raise CorruptSnapshotError(f"{path} {fault}; restore the file, or leave member {index} out")
+        self._check_manifest()
         return path
 
     def load(self, index: int, *, verify: bool = True) -> dict[str, files.Array]:
@@ -273,6 +276,7 @@ class SnapshotStore:
         """
         for member in self.members:
             self.file(member.index)
+        self._check_manifest()
 
     def close(self) -> None:
         """Free the lock; reading goes on, writing does not. Closing twice is closing once."""
@@ -311,7 +315,7 @@ class SnapshotStore:
                 temporary.write_bytes(data)
         except OSError as error:
             raise _refused(path, len(data), error) from error
-        self._manifest = manifest
+        self._manifest = sealed(manifest)
 
     def _write_member(self, arrays: dict[str, files.Array], member: Member) -> Member:
         path = self._path / member.file
@@ -322,6 +326,12 @@ class SnapshotStore:
         except (OSError, SafetensorError) as error:
             raise _refused(path, sum(array.nbytes for array in arrays.values()), error) from error
         return msgspec.structs.replace(member, sha256=sha256)
+
+    def _check_manifest(self) -> None:
+        if not is_sealed(self._manifest):
+            raise CorruptSnapshotError(
+                f"{self._path / MANIFEST} does not have the SHA-256 that was recorded in it: it was altered; restore it"
+            )
 
     def _check_may_write(self) -> None:
         if self._lock is None:

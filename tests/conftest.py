@@ -1,4 +1,4 @@
-"""A framework that SNAPCORE_REQUIRE names must be there: one that cannot be imported fails the run, skipping nothing."""
+"""A framework that SNAPCORE_REQUIRE names must be there: one that cannot be imported fails the run."""
 
 import os
 import subprocess

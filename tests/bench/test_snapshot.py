@@ -40,6 +40,27 @@ def test_loop_waits_for_a_snapshot_beside_torch_save(compare, tmp_path):
     file.unlink()
 
 
+def test_loop_waits_for_a_resume_point_about_as_long_as_for_a_copy_of_model_and_optimizer(compare, tmp_path):
+    model = hundred_megabytes()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 1000)).sum().backward()
+    optimizer.step()
+    moments = [moment for state in optimizer.state.values() for moment in state.values()]
+    state, kept = [*model.state_dict().values(), *moments], []
+    with SnapshotRun(tmp_path, StepDecay(lr=0.1, steps=10**6), model, optimizer, resume_every=1) as run:
+
+        def prepare() -> None:
+            run._recorder._writer.drain()
+            kept.clear()
+
+        ours = Contender(lambda: run.step(updates=1), prepare)
+        copies = Contender(lambda: kept.extend([tensor.clone() for tensor in state]), prepare)
+        compare(
+            "run.step() with a resume point of 200 MB", ours, {"[t.clone() for t in state]": copies}, target="≤ 1.3"
+        )
+        run.finish("measured")
+
+
 @contextmanager
 def _snapshots(directory: Path, model: nn.Module) -> Iterator[tuple[Contender, Callable[[], None], list[torch.Tensor]]]:
     """Give one snapshot per sample, and what makes all contenders begin alike: an idle writer, no files, no copies."""

@@ -19,7 +19,7 @@ from snapcore.run import execute
 from snapcore_torch import SnapshotRun
 from snapcore_torch.backend import TorchBackend
 
-from .compare import Contender
+from .compare import PAIRS, Contender
 from .workloads import BATCH, LR, cnn_and_sgd, digits, indexed, noise, updates_of
 
 EVERY = 50
@@ -73,6 +73,19 @@ def test_throughput_with_a_snapshot_every_50_updates(compare, tmp_path, side, up
             ours.contender(updates),
             {"the same run, none due": peer.contender(updates), "no run": _anew(_by_hand, data, updates)},
             target="≤ 1.02",
+        )
+
+
+def test_throughput_with_a_resume_point_every_100_updates(compare, tmp_path):
+    data, schedule = noise(28), StepDecay(lr=LR, steps=1000)
+    often = _RunOfOnesOwn(data, tmp_path / "often", schedule, resume_every=100)
+    with often as ours, _RunOfOnesOwn(data, tmp_path / "never", schedule) as peer:
+        compare(
+            "a resume point every 100 updates, CNN 28×28, per update",
+            ours.contender(100),
+            {"the same run, without": peer.contender(100)},
+            target="≤ 1.03",
+            pairs=min(PAIRS, 15),
         )
 
 
@@ -130,8 +143,8 @@ class _RunOfOnesOwn:
     A sample starts half an interval after a snapshot would be due, so that writing one is a part of the time.
     """
 
-    def __init__(self, data: TrainingData, root: Path, schedule: Schedule) -> None:
-        self._data, self._schedule = data, schedule
+    def __init__(self, data: TrainingData, root: Path, schedule: Schedule, *, resume_every: int | None = None) -> None:
+        self._data, self._schedule, self._every = data, schedule, resume_every
         self._directories = (root / str(number) for number in itertools.count())
         self._opened = ExitStack()
 
@@ -142,7 +155,8 @@ class _RunOfOnesOwn:
         self._opened.close()
         model, optimizer = cnn_and_sgd(self._data)
         self._update, self._batches = updates_of(model, optimizer), indexed(self._data)
-        self._run = SnapshotRun(next(self._directories), self._schedule, model, optimizer)
+        directory = next(self._directories)
+        self._run = SnapshotRun(directory, self._schedule, model, optimizer, resume_every=self._every)
         self._opened.enter_context(self._run)
         self._opened.callback(self._run.finish, "measured")
         self._train(EVERY // 2)

@@ -151,7 +151,7 @@ def test_members_are_sorted_when_the_manifest_is_not(run):
 def test_the_manifest_is_plain_indented_json(run):
     text = (run / "snapcore.json").read_text()
     manifest = json.loads(text)
-    assert list(manifest) == ["format", "program", "stopped", "members"]
+    assert list(manifest) == ["format", "program", "stopped", "members", "sha256"]
     assert manifest["format"] == 1
     assert tuple(manifest["members"][0]) == Member.__struct_fields__
     assert '\n  "members"' in text

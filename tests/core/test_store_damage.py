@@ -90,7 +90,7 @@ def test_a_member_duplicated_with_its_entry_and_its_file_is_noticed(run):
     (run / "snapshot-003.safetensors").write_bytes((run / "snapshot-002.safetensors").read_bytes())
     again = {"index": 3, "file": "snapshot-003.safetensors"}
     edit(run, lambda manifest: manifest["members"].append({**manifest["members"][1], **again}))
-    with pytest.raises(CorruptSnapshotError, match=r"snapshot-003\.safetensors does not say of itself"):
+    with pytest.raises(CorruptSnapshotError, match=r"snapcore\.json does not have the SHA-256"):
         SnapshotStore(run).verify()
 
 
@@ -242,3 +242,18 @@ def test_a_refused_directory_is_not_left_locked(run):
         SnapshotStore(run, "w")
     (run / "snapcore.json").write_bytes(good)
     SnapshotStore(run, "w").close()
+
+
+@pytest.mark.parametrize(
+    "alter", [lambda text: text.replace('"finished"', '"finisheb"'), lambda text: text.replace("0.25", "0.75")]
+)
+def test_what_the_manifest_says_beside_the_members_is_guarded_by_its_own_digest(tmp_path, alter):
+    with SnapshotStore(tmp_path, "w") as store:
+        store.save({"w": np.ones(2)}, index=1, step=1, cycle=0, lr=0.1, framework="numpy")
+        store.describe(program={"lr": 0.25}, stopped="finished")
+        store.verify()
+    path = tmp_path / "snapcore.json"
+    path.write_text(alter(path.read_text()))
+    for ask in (SnapshotStore.verify, lambda store: store.load(1)):
+        with pytest.raises(CorruptSnapshotError, match=r"snapcore\.json does not have the SHA-256"):
+            ask(SnapshotStore(tmp_path))
