@@ -270,7 +270,7 @@ class Cursor:
     @property
     def until_next(self) -> int:
         """Updates until something is due; 0 once the program has stopped."""
-        return 0 if self.finished else self._due - self.step
+        return 0 if self._stopped is not None else self._due - self.step
 
     @property
     def finished(self) -> bool:

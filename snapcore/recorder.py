@@ -109,6 +109,7 @@ class Recorder:
         self._source, self._framework, self._every = source, framework, resume_every
         self._before_point, self._group = before_point, group or Alone()
         self._at, self._leads = at, self._group.rank == 0
+        self._agrees = self._group.size > 1 and at is None
         self._failed = self._closed = False
         self._point_at = 0
         self._open(resume)
@@ -169,7 +170,7 @@ class Recorder:
             events = self._arrive(lambda: self.cursor.advance(n, late=late), metrics)
         if self._every and not events and self.cursor.step // self._every != before // self._every:
             self._save_point()
-        if self._termination.received or (self._group.size > 1 and self._at is None):
+        if self._termination.received or self._agrees:
             self._leave_if_told(before)
         return events
 

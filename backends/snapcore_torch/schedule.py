@@ -65,11 +65,14 @@ class GroupRates:
 
     def apply(self, rate: float) -> None:
         """Give every group its share of `rate`."""
-        for group, share in zip(self._optimizer.param_groups, self.of(rate), strict=True):
+        groups = self._optimizer.param_groups
+        if len(groups) != len(self.ratios):
+            self.of(rate)  # says what to do
+        for group, ratio in zip(groups, self.ratios, strict=True):
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(share)
+                group["lr"].fill_(rate * ratio)
             else:
-                group["lr"] = share
+                group["lr"] = rate * ratio
 
 
 def _initial(group: dict[str, Any]) -> float:
