@@ -84,6 +84,7 @@ class SnapshotEnsemble(nn.Module):
         directories: Directory | Iterable[Directory],
         model: nn.Module,
         *,
+        like: None = None,
         last: int | None = None,
         activation: str | Activation = "softmax",
         output: Callable[[Any], Tensor] | None = None,
@@ -95,6 +96,7 @@ class SnapshotEnsemble(nn.Module):
             directories: a run directory, or several; every file is checked against its digest.
             model: the architecture, on the device to use. On the CPU the members' weights stay mapped to their
                 files. The model itself is neither changed nor kept.
+            like: nothing; where an adapter is given a function instead of a model, this says the weights' structure.
             last: how many members of each run, counted from its end; default all. Unfinished ones are left out.
             activation: from outputs to probabilities: `"softmax"` over the last axis, `"sigmoid"`, `"identity"`
                 or a callable.
@@ -108,6 +110,8 @@ class SnapshotEnsemble(nn.Module):
             DataError: a member's names and shapes are not the model's, or an argument is unknown.
         """
         _known(strategy)
+        if like is not None:
+            raise DataError(f"like must be left out: the model says the weights' structure; got {type(like).__name__}")
         files = member_files(directories, framework="torch", last=last)
         return cls(_modules(model, files), activation=activation, output=output, strategy=strategy)
 

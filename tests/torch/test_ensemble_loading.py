@@ -228,3 +228,11 @@ def test_the_files_are_plain_safetensors_with_the_models_own_names(tmp_path):
     write(tmp_path, model)
     arrays = SnapshotStore(tmp_path).load(1)
     np.testing.assert_array_equal(arrays["weight"], model.weight.detach().numpy())
+
+
+def test_a_structure_beside_the_model_that_has_it_is_refused(tmp_path):
+    model = nn.Linear(3, 2)
+    write(tmp_path, model)
+    with pytest.raises(DataError, match="like must be left out"):
+        SnapshotEnsemble.load(tmp_path, model, like=model.state_dict())
+    assert len(SnapshotEnsemble.load(tmp_path, model, like=None).members(X)) == 1
