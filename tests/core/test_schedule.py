@@ -539,3 +539,9 @@ def test_the_dict_of_a_schedule_is_plain_and_complete():
         "factor": 0.1,
         "snapshots": 1,
     }
+
+
+def test_restarts_restart_without_another_option():
+    """In fastai cycle_mult=1 divides by zero; in transformers one cycle is the default, and restarts do not restart."""
+    cycles = CosineCycles(0.1, 90, 3)
+    assert [step for step in range(90) if cycles(step) == 0.1] == [0, 30, 60]
