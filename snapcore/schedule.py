@@ -69,7 +69,7 @@ class Schedule:
         """Return the rate of iteration `t` as the paper counts, from 1: `self(t - 1)`."""
         return self(_whole("t", t) - 1)
 
-    def bind(self, ops: Ops) -> Callable[[Any], Any]:
+    def bind(self, ops: Ops, *, clamped: bool = True) -> Callable[[Any], Any]:
         """Return the function step -> rate over `ops`, clamped to 0..steps-1.
 
         Branches that the values rule out are left out of the function, so its size depends neither on
@@ -78,6 +78,7 @@ class Schedule:
         Arguments:
             ops: holds `cos`, `where(condition, yes, no)`, `minimum`, `mod` (on integers) and `real` (an
                 integer as the framework's floating type).
+            clamped: False leaves the clamping out, for callers whose framework does it in one operation.
 
         Example:
             >>> import numpy as np
@@ -88,7 +89,7 @@ class Schedule:
             (0.2, 0.1)
         """
         rate, minimum, last = self._formula(ops), ops.minimum, self.steps - 1
-        return lambda step: rate(minimum(-minimum(-step, 0), last))
+        return (lambda step: rate(minimum(-minimum(-step, 0), last))) if clamped else rate
 
     def cycle_at(self, step: int) -> int:
         """Return the 0-based cycle that update number `step` belongs to; 0 during warm-up."""
@@ -188,17 +189,24 @@ class CosineCycles(Schedule):
         where, mod, real = ops.where, ops.mod, ops.real
         warmup, lr, pi = self.warmup_steps, self.lr, math.pi
         long, short, split = self._layout
-        one_length = split == self.steps - warmup
+        middle = warmup + split
         floor, half = self.lr_min, (self.lr - self.lr_min) / 2
 
-        def annealed(k: Any) -> Any:
-            angle = pi * real(mod(k, long)) / long
-            if not one_length:
-                angle = where(k < split, angle, pi * real(mod(k - split, short)) / short)
-            return floor + half * (ops.cos(angle) + 1)
+        def place(step: Any) -> tuple[Any, Any]:
+            """Return the updates done in this cycle, and the cycle's length."""
+            if middle == self.steps:
+                return mod(step - warmup if warmup else step, long), long
+            first = step < middle
+            length = where(first, long, short)
+            return mod(step - where(first, warmup, middle), length), real(length)
+
+        def annealed(step: Any) -> Any:
+            k, length = place(step)
+            above = half * (ops.cos(pi * real(k) / length) + 1)
+            return floor + above if floor else above
 
         def rate(step: Any) -> Any:
-            return where(step < warmup, lr * real(step + 1) / (warmup + 1), annealed(step - warmup))
+            return where(step < warmup, lr * real(step + 1) / (warmup + 1), annealed(step))
 
         return rate if warmup else annealed
 

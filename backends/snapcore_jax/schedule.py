@@ -14,22 +14,33 @@ Rate = Callable[[Any], Any]
 
 
 class _Lax:
-    """The operations of `Schedule.bind`, each of them one primitive: no nested function, no promotion on the way."""
+    """The operations of `Schedule.bind`, each of them one primitive: no nested function, no promotion on the way.
+
+    Arguments:
+        counts: the integer type of the steps.
+    """
 
     cos = staticmethod(lax.cos)
-    mod = staticmethod(lax.rem)  # of integers; where one is negative, the value is not used
+    minimum = staticmethod(lax.min)
 
-    @staticmethod
-    def where(condition: Any, yes: Any, no: Any) -> Any:
-        return lax.select(condition, _filled(condition, yes), _filled(condition, no))
+    def __init__(self, counts: Any) -> None:
+        self._counts = counts
 
-    @staticmethod
-    def minimum(one: Any, other: Any) -> Any:
-        return lax.min(one, other)
+    def mod(self, step: Any, length: Any) -> Any:
+        """Take the remainder of integers; of a negative one the value is not used."""
+        return lax.rem(step, self._counts.type(length) if type(length) is int else length)
+
+    def where(self, condition: Any, yes: Any, no: Any) -> Any:
+        return lax.select(condition, self._filled(condition, yes), self._filled(condition, no))
 
     @staticmethod
     def real(value: Any) -> Any:
         return lax.convert_element_type(value, jnp.result_type(float))
+
+    def _filled(self, condition: Any, value: Any) -> Any:
+        if isinstance(value, jax.Array):
+            return value
+        return np.full(np.shape(condition), value, self._counts if type(value) is int else jnp.result_type(float))
 
 
 def snapshot_schedule(cycles: Schedule) -> Rate:
@@ -60,10 +71,14 @@ def snapshot_schedule(cycles: Schedule) -> Rate:
 
     Source: Huang et al., Snapshot Ensembles: Train 1, Get M for Free, ICLR 2017, equation 2.
     """
-    bound = cycles.bind(_Lax())
+    last = cycles.steps - 1
 
     def rate(step: Any) -> Any:
-        return bound(_counts(step)) if isinstance(step, jax.Array | np.ndarray) else cycles(step)
+        if not isinstance(step, jax.Array | np.ndarray):
+            return cycles(step)
+        counts = _counts(step)
+        within = lax.clamp(counts.dtype.type(0), counts, counts.dtype.type(last))
+        return cycles.bind(_Lax(counts.dtype), clamped=False)(within)
 
     return rate
 
@@ -73,9 +88,3 @@ def _counts(step: Any) -> Any:
         raise ScheduleError(f"step must be an integer, the count of updates done; got an array of {step.dtype}")
     # The formula needs a sign and room for `steps`, which counts of other widths lack.
     return step if step.dtype in (jnp.int32, jnp.int64) else lax.convert_element_type(step, jnp.int32)
-
-
-def _filled(condition: Any, value: Any) -> Any:
-    if isinstance(value, jax.Array):
-        return value
-    return np.full(np.shape(condition), value, jnp.result_type(float))

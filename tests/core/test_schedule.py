@@ -146,6 +146,12 @@ def test_bound_to_numpy_it_gives_the_same_rates_and_clamps_outside(schedule):
 
 
 @given(schedules)
+def test_bound_without_clamping_it_gives_the_same_rates_inside_and_never_asks_for_a_minimum(schedule):
+    bound = schedule.bind(SimpleNamespace(**{**vars(EXACT), "minimum": None}), clamped=False)
+    assert list(bound(np.arange(schedule.steps))) == [schedule(step) for step in range(schedule.steps)]
+
+
+@given(schedules)
 def test_bound_to_numpy_it_takes_a_scalar_too(schedule):
     bound = schedule.bind(EXACT)
     assert all(float(bound(np.int64(step))) == schedule(step) for step in range(0, schedule.steps, 7))
