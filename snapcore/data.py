@@ -57,9 +57,10 @@ class TrainingData:
             >>> sorted(map(int, data.indices(0, 2).ravel())) == sorted(set(map(int, data.indices(0, 2).ravel())))
             True
         """
-        places = (divmod(step, self.updates_per_epoch) for step in range(start, stop))
-        rows = [self._epoch(epoch)[place] for epoch, place in places]
-        return np.stack(rows) if rows else np.empty((0, self.batch_size), np.int64)
+        whole = self.updates_per_epoch
+        epochs = range(start // whole, -(-stop // whole)) if start < stop else ()
+        parts = [self._epoch(each)[max(start - each * whole, 0) : stop - each * whole] for each in epochs]
+        return np.concatenate(parts) if parts else np.empty((0, self.batch_size), np.int64)
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         return _order(self.seed, epoch, len(self.x), self.batch_size)

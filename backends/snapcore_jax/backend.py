@@ -17,7 +17,7 @@ from snapcore import DataError, Program
 from snapcore.backend import Data, Pending, Report, resolved
 from snapcore_jax.models import MODELS, Factory
 from snapcore_jax.state import Copy, Tensors, dump_training, load_training, named_leaves, with_leaves
-from snapcore_jax.training import Loop, best_stretch
+from snapcore_jax.training import Loop
 from snapcore_jax.updates import Optimizer, Sgd, Step, Training, split, whole
 
 Precision = Literal["float32", "bfloat16"]
@@ -102,10 +102,10 @@ class JaxBackend:
         step = Step(training_graph, chosen, _dtype(precision), mesh)
         parts = split(_placed(mesh, _fresh(factory, shape, n_classes, _key(seed, member))))
         x, y = _placed(mesh, (np.asarray(data.x), np.asarray(data.y, np.int32)))
-        stretch = best_stretch(next(iter(x.devices())))
-        loop = Loop(step, data, x, y, parts.keys, program.schedule, stretch)
         training = Training(parts.params, parts.others, _moments(step, parts.params))
-        return JaxState(training, _placed(mesh, _key(seed, 0)), loop, evaluation_graph)
+        key = _placed(mesh, _key(seed, 0))
+        loop = Loop(step, data, x, y, parts.keys, program.schedule).fitted(training, key)
+        return JaxState(training, key, loop, evaluation_graph)
 
     def train(self, state: JaxState, start: int, stop: int, *, report: Report) -> JaxState:
         """Do updates `start … stop − 1`; the arrays of the state given are given away."""

@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar, overload
 from numpy.typing import NDArray
 
 from snapcore import Program, ProtocolError, Schedule
+from snapcore.counting import Calls
 from snapcore.protocol import Event, Restart
 from snapcore.recorder import AGREE_EVERY, Recorder, restart_weights
 from snapcore.resume import read_point
@@ -95,12 +96,11 @@ class SnapshotRun:
             resume_every=resume_every,
             group=self._group,
         )
-        self._cursor, self._every = self._recorder.cursor, resume_every
+        self._cursor = self._recorder.cursor
+        self._calls = Calls(self._cursor, (resume_every, AGREE_EVERY if self._group else None))
         self._variables = self._rest = _MISSING
         self._begun, self._resumable = False, True
         self._before: int | None = None  # what the optimizer had counted when this run had done no update
-        self._calls, self._per_call = 0, 1  # since the cursor was moved; updates in each, as far as is known
-        self._reach = 0  # updates that may be done before the next look: none, so that the first call looks
 
     @property
     def updates(self) -> int:
@@ -166,19 +166,19 @@ class SnapshotRun:
             StoreError, DivergedError: an earlier member could not be written or was refused.
             SystemExit: with code 143, after a SIGTERM and its resume point.
         """
-        looks = (self._calls + 1) * self._per_call >= self._reach or self._recorder.told_to_end
+        looks = self._calls.next_may_be_due() or self._recorder.told_to_end
         if looks:
             refuse_unusable(_parts(variables, rest))
         self._take_in(variables, rest)
-        self._calls += 1
+        self._calls.add()
         self._recorder.epochs.settle()
         if not looks:
             self._recorder.record(0)  # raises what the writer has met
             return self._held()
-        events = self._recorder.record(self._counted(), late="take")
-        if events:
-            self._restart(events)
-        self._reach = self._until_due()
+        new = self._new_updates()
+        events = self._recorder.record(new, late="take")
+        self._calls.settle(new)
+        self._restart(events)
         held = self._held()
         if self.finished:
             self._variables = self._rest = _MISSING  # nothing more is copied, and the memory is the loop's
@@ -220,7 +220,7 @@ class SnapshotRun:
             self.close()
             return
         if not self.finished:  # for the message alone: nothing is written any more
-            self._cursor.advance(min(self._calls * self._per_call, self._cursor.until_next - 1))
+            self._cursor.advance(min(self._calls.most, self._cursor.until_next - 1))
         self._recorder.__exit__(kind, error, trace)
         self._variables = self._rest = _MISSING
 
@@ -273,15 +273,10 @@ class SnapshotRun:
     def _rest_or_nothing(self) -> Any:
         return self._rest if self._resumable else ()
 
-    def _until_due(self) -> int:
-        """Return how many updates may be done until something must be written, or agreed upon."""
-        lengths = (self._every, AGREE_EVERY if self._group else None)
-        return min([self._cursor.until_next, *(each - self._cursor.step % each for each in lengths if each)])
-
     def _new_updates(self) -> int:
         """Return how many updates were done since the cursor was moved."""
-        if not self._calls or self._before is None:
-            return self._calls
+        if not self._calls.waiting or self._before is None:
+            return self._calls.waiting
         refuse_unusable(self._parts())
         count = read_count(self._rest)
         new = -1 if count is None else count - self._before - self._cursor.step
@@ -292,23 +287,21 @@ class SnapshotRun:
             )
         return new
 
-    def _counted(self) -> int:
-        new = self._new_updates()
-        if self._calls:
-            self._per_call = max(self._per_call, -(-new // self._calls))
-        self._calls = 0
-        return new
-
     def _settle(self) -> None:
         """Move the cursor to where the loop is, for the last time."""
-        if self._calls and not self.finished:
-            self._recorder.record(self._counted(), late="take")
+        if self._calls.waiting and not self.finished:
+            new = self._new_updates()
+            self._recorder.record(new, late="take")
+            self._calls.settle(new)
 
     def _catch_up(self) -> None:
         """Move the cursor to where the loop is; what is due at the end of a cycle is left to `step`."""
-        if self._calls and not self.finished and self._new_updates() < self._cursor.until_next:
-            self._recorder.record(self._counted())
-            self._reach = self._until_due()
+        if not self._calls.waiting or self.finished:
+            return
+        new = self._new_updates()
+        if new < self._cursor.until_next:
+            self._recorder.record(new)
+            self._calls.settle(new)
 
     def _restart(self, events: tuple[Event, ...]) -> None:
         for event in events:

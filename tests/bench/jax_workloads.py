@@ -1,7 +1,7 @@
 """What is run in the benchmarks of the JAX adapter: imported within them, since to import JAX is to begin threads."""
 
+import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,7 +17,6 @@ from snapcore_jax import SnapshotEnsemble
 from snapcore_jax.backend import JaxBackend
 from snapcore_jax.models import MODELS
 from snapcore_jax.strategies import STRATEGIES
-from snapcore_jax.training import best_stretch
 
 from .compare import Contender, interleaved
 
@@ -62,22 +61,16 @@ def updating(rate: optax.Schedule, step: int, number: int) -> Contender:
     return Contender(run, units=number)
 
 
-def chosen_stretch() -> int:
-    """Return how many updates the adapter compiles as one here."""
-    return best_stretch(jax.devices()[0])
-
-
-def managed(data: TrainingData, updates: int, stretch: int) -> Contender:
+def managed(data: TrainingData, updates: int) -> Contender:
     """Give updates by the adapter, each sample with a state of its own: arrays are given away."""
     backend, method, states = JaxBackend(), program("snapshot", lr=LR, steps=10**6, cycles=2), []
 
     def prepare() -> None:
-        state = backend.init("mlp", data, method, seed=0)
-        jax.block_until_ready(state.training)
-        states[:] = [replace(state, loop=replace(state.loop, stretch=stretch))]
+        states[:] = [backend.init("mlp", data, method, seed=0)]
+        jax.block_until_ready(states[0].training)
 
     def run() -> None:
-        state = backend.train(states.pop(), 0, updates, report=lambda _, loss: np.isfinite(loss))
+        state = backend.train(states.pop(), 0, updates, report=lambda _, loss: math.isfinite(loss))
         jax.block_until_ready(state.training)
 
     return Contender(run, prepare, units=updates)

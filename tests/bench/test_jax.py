@@ -39,16 +39,13 @@ def test_schedule_beside_that_of_optax(compare, benchmark, table, cycles):
     benchmark.extra_info["equations"] = {"snapshot_schedule": counts[0], "optax.sgdr_schedule": counts[1]}
 
 
-@pytest.mark.parametrize("stretch", ["chosen", 50])
-def test_managed_loop_beside_hand_written_ones(compare, stretch):
-    """The second row is the loop that accelerators get: it tells what the adapter costs beside its choice for CPUs."""
-    from .jax_workloads import by_hand, chosen_stretch, managed
+def test_managed_loop_beside_hand_written_ones(compare):
+    from .jax_workloads import by_hand, managed
 
     data = digits()
-    size = chosen_stretch() if stretch == "chosen" else stretch
     compare(
-        f"JAX: managed loop, {size} per compiled call ({_why(stretch)}), MLP on digits, per update",
-        managed(data, UPDATES, size),
+        "JAX: managed loop, MLP on digits, per update",
+        managed(data, UPDATES),
         {
             f"by hand, lax.scan over {UPDATES} updates": by_hand(data, UPDATES, loop="scan"),
             "by hand, Python loop over one compiled update": by_hand(data, UPDATES, loop="python"),
@@ -101,10 +98,6 @@ def test_tuned_ensemble_beside_its_best_strategy(compare, model, batch, number):
         },
         target="≤ 1.05",
     )
-
-
-def _why(stretch: str | int) -> str:
-    return "what it chooses here" if stretch == "chosen" else "as on accelerators"
 
 
 class _Snapshots(ExitStack):

@@ -1,6 +1,7 @@
 """The native loop does what a hand would have written, is compiled once, and holds its weights once."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
 
 from snapcore import CosineCycles, Program, StepDecay
 from snapcore.data import TrainingData
@@ -34,10 +38,21 @@ def total(outputs, labels):
     return outputs.sum() / len(outputs)
 
 
-def begun(data, model="mlp", *, schedule=CYCLES, stretch=1, loss=cross_entropy, seed=7, **options):
+def begun(data, model="mlp", *, schedule=CYCLES, loss=cross_entropy, seed=7, at_once=CHUNK, **options):
     state = BACKEND.init(model, data, Program("test", schedule), seed=seed, **options)
     step = dataclasses.replace(state.loop.step, loss=loss)
-    return dataclasses.replace(state, loop=dataclasses.replace(state.loop, step=step, stretch=stretch))
+    return dataclasses.replace(state, loop=dataclasses.replace(state.loop, step=step, at_once=at_once))
+
+
+class Dropping(nnx.Module):
+    """A small model with dropout."""
+
+    def __init__(self, input_shape, n_classes, rngs):
+        self.hidden, self.output = nnx.Linear(64, 16, rngs=rngs), nnx.Linear(16, n_classes, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.output(self.dropout(nnx.relu(self.hidden(x.reshape(len(x), -1)))))
 
 
 def silent(step, loss):
@@ -87,9 +102,10 @@ def by_hand(data, updates):
     return weights, losses
 
 
-def test_the_loop_is_the_one_written_by_hand(digits):
+@pytest.mark.parametrize("at_once", [1, CHUNK])
+def test_the_loop_is_the_one_written_by_hand(digits, at_once):
     reports = []
-    state = ran(begun(digits), 100, report=lambda *report: reports.append(report))
+    state = ran(begun(digits, at_once=at_once), 100, report=lambda *report: reports.append(report))
     weights, losses = by_hand(digits, 100)
     for name, array in named_leaves(state.weights).items():
         np.testing.assert_allclose(array, weights[name], atol=2e-5, err_msg=name)
@@ -97,27 +113,59 @@ def test_the_loop_is_the_one_written_by_hand(digits):
     np.testing.assert_allclose([loss for _, loss in reports], losses, rtol=1e-3)
 
 
-@pytest.mark.parametrize("stretch", [1, CHUNK])
-@pytest.mark.parametrize("cuts", [(1,), (17, 18), (CHUNK,), (119,)])
-def test_a_stretch_in_parts_is_the_stretch_in_one(digits, stretch, cuts):
-    whole = ran(begun(digits, stretch=stretch), 120)
-    parts = ran(begun(digits, stretch=stretch), *cuts, 120)
+@pytest.mark.parametrize("at_once", [1, CHUNK])
+@pytest.mark.parametrize("model", ["mlp", Dropping])
+@given(cuts=st.sets(st.integers(1, CHUNK + 29), max_size=5))
+@settings(max_examples=6, deadline=None)
+def test_wherever_a_segment_is_cut_the_weights_are_the_same_to_the_bit(digits, model, at_once, cuts):
+    whole = ran(begun(digits, model, at_once=at_once), CHUNK + 30)
+    parts = ran(begun(digits, model, at_once=at_once), *sorted(cuts), CHUNK + 30)
     assert same(everything(whole), everything(parts))
 
 
-def test_updates_compiled_as_one_are_those_done_one_by_one(digits):
-    assert same(everything(ran(begun(digits, stretch=CHUNK), 130)), everything(ran(begun(digits), 130)))
+@pytest.mark.parametrize("at_once", [1, CHUNK])
+def test_every_loss_is_reported_once_and_in_order_a_chunk_at_a_time(digits, at_once):
+    reports, known, stop = [], [], 2 * CHUNK + 5
+    counting = digits_that_tell(digits, lambda: known.append(len(reports)))
+    ran(begun(counting, at_once=at_once), 3, 3, stop, report=lambda *report: reports.append(report))
+    assert [step for step, _ in reports] == list(range(1, stop + 1))
+    assert all(type(step) is int and type(loss) is float for step, loss in reports)
+    assert set(known) <= {0, 3, 3 + CHUNK, 3 + 2 * CHUNK}  # nothing is read back in between
+    singly = []
+    ran(begun(digits, at_once=at_once), *range(1, 31), report=lambda *report: singly.append(report))
+    assert reports[:30] == singly
 
 
-def test_every_update_is_reported_once_and_in_order_a_chunk_at_a_time(digits):
-    for stretch in (1, CHUNK):
-        reports, known = [], []
-        counting = digits_that_tell(digits, lambda reports=reports, known=known: known.append(len(reports)))
-        state = begun(counting, stretch=stretch)
-        ran(state, 3, 3, 2 * CHUNK + 5, report=lambda *report, reports=reports: reports.append(report))
-        assert [step for step, _ in reports] == list(range(1, 2 * CHUNK + 6))
-        assert all(type(step) is int and type(loss) is float for step, loss in reports)
-        assert set(known) <= {0, 3, 3 + CHUNK, 3 + 2 * CHUNK}  # nothing is read back in between
+class Rnn(nnx.Module):
+    """A model with a loop of its own, and in it, if asked for, a convolution."""
+
+    def __init__(self, input_shape, n_classes, rngs, *, convolution):
+        self.narrow = nnx.Conv(8, 8, (3,), rngs=rngs) if convolution else nnx.Linear(8, 8, rngs=rngs)
+        self.output = nnx.Linear(64, n_classes, rngs=rngs)
+
+    def __call__(self, x):
+        graph, state = nnx.split(self.narrow)
+        hidden = lax.fori_loop(0, 2, lambda _, h: nnx.relu(nnx.merge(graph, state)(h)), x[:, 0])
+        return self.output(hidden.reshape(len(x), -1))
+
+
+@pytest.mark.parametrize(
+    ("model", "at_once"),
+    [("mlp", CHUNK), ("cnn", 1), (partial(Rnn, convolution=False), CHUNK), (partial(Rnn, convolution=True), 1)],
+)
+def test_on_a_cpu_updates_are_compiled_in_loops_but_one_by_one_where_there_is_a_convolution(digits, model, at_once):
+    state = BACKEND.init(model, digits, Program("test", CYCLES), seed=7)
+    assert state.loop.at_once == at_once
+
+
+def test_elsewhere_every_model_is_compiled_in_loops(digits):
+    class Elsewhere:
+        def devices(self):
+            return {type("Device", (), {"platform": "gpu"})()}
+
+    state = begun(digits, "cnn", at_once=1)
+    there = dataclasses.replace(state.loop, x=Elsewhere())
+    assert there.fitted(state.training, state.key).at_once == CHUNK
 
 
 def digits_that_tell(digits, told):
@@ -131,23 +179,40 @@ def digits_that_tell(digits, told):
     return Telling()
 
 
-def test_cycles_of_any_length_are_compiled_once_and_so_are_runs_that_differ_in_the_schedule(digits):
-    traced = []
+@pytest.fixture
+def compilations():
+    """What XLA has compiled since."""
+    seen = []
 
+    def listen(event, seconds, **rest):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("at_once", [1, CHUNK])
+def test_cycles_of_any_length_are_compiled_once_and_so_are_runs_that_differ_in_the_schedule(
+    digits, at_once, compilations
+):
     def loss(outputs, labels):
-        traced.append(1)
-        return cross_entropy(outputs, labels)
+        return 2 * cross_entropy(outputs, labels)
 
-    ran(begun(digits, stretch=CHUNK, loss=loss), CHUNK + 1)
-    once = len(traced)
-    ran(begun(digits, stretch=CHUNK, loss=loss), CHUNK, 2 * CHUNK + 1, 200)
-    other = StepDecay(0.01, 300)
-    ran(begun(digits, stretch=CHUNK, loss=loss, schedule=other, seed=8), CHUNK - 1, 3 * CHUNK - 2, 3 * CHUNK)
-    assert len(traced) == once
+    states = [begun(digits, at_once=at_once, loss=loss) for _ in range(2)]
+    states.append(begun(digits, at_once=at_once, loss=loss, schedule=StepDecay(0.01, 300), seed=8))
+    compilations.clear()
+    ran(states[0], CHUNK + 1)
+    assert len(compilations) == 1
+    ran(states[1], 1, CHUNK, 2 * CHUNK + 1)
+    ran(states[2], CHUNK - 1, CHUNK + 16)
+    assert len(compilations) == 1
 
 
-def test_weights_and_moments_are_given_away_so_that_they_exist_once(digits):
-    state = begun(digits)
+@pytest.mark.parametrize("at_once", [1, CHUNK])
+def test_weights_and_moments_are_given_away_so_that_they_exist_once(digits, at_once):
+    state = begun(digits, at_once=at_once)
     given = jax.tree.leaves(state.training)
     ran(state, 1)
     assert all(array.is_deleted() for array in given)
@@ -165,12 +230,12 @@ def test_a_capture_neither_stops_the_giving_away_nor_is_changed_by_it(digits):
     assert all(array.flags.owndata for array in resolved.values())
 
 
-@pytest.mark.parametrize("stretch", [1, CHUNK])
-@pytest.mark.parametrize("schedule", [CYCLES, StepDecay(0.1, 120)])
-def test_every_update_is_done_at_the_rate_of_the_schedule(digits, schedule, stretch):
+@pytest.mark.parametrize("at_once", [1, CHUNK])
+@pytest.mark.parametrize("schedule", [CYCLES, StepDecay(0.1, 2 * CHUNK)])
+def test_every_update_is_done_at_the_rate_of_the_schedule(digits, schedule, at_once):
     plain = {"momentum": 0.0, "weight_decay": 0.0}
-    for updates in (1, 60, 61, 120):
-        state = ran(begun(digits, Line, schedule=schedule, stretch=stretch, loss=total, **plain), updates)
+    for updates in (1, 60, 61, CHUNK + 1):
+        state = ran(begun(digits, Line, schedule=schedule, at_once=at_once, loss=total, **plain), updates)
         travelled = -sum(schedule(step) for step in range(updates))
         assert float(state.training.params["weight"][...]) == pytest.approx(travelled, rel=1e-5)
 
