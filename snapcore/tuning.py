@@ -1,6 +1,5 @@
 """Which way of running an ensemble is the fastest here: measured in turns, and checked against the plain one."""
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,16 @@ from snapcore.errors import DataError, SnapcoreError
 Result = TypeVar("Result")
 
 TOLERANCE = 1e-6
-ROUNDS = 7
+ROUNDS = 31
+
+_SAMPLE = 0.01
+"""What a sample lasts at least, in seconds: a first call finds another strategy's data in the caches, and is slow."""
+_LEAST = 5
+"""Rounds that all take part in, whatever they last."""
+_NEAR = 1.5
+"""Times the fastest: whose best sample is slower is passed over: slow moments do not explain that."""
+_LONGEST = 2.0
+"""After how many seconds no round begins any more."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class Trial:
     """What was found about one strategy.
 
     Arguments:
-        seconds: the median of one call; None if it was not measured.
+        seconds: what a call takes, the lower quartile of the samples; None if it was not measured.
         deviation: max |p − q| / max |q|, q being the first strategy's result; None if there was nothing to compare.
         refused: why it cannot be chosen, or None.
     """
@@ -78,8 +86,11 @@ def tune(
 ) -> TuningReport:
     """Measure strategies that should give the same, and choose the fastest that does.
 
-    The first call of each compiles and is compared, not timed. After that they take turns, each round beginning with
-    another, so that what slows the machine down for a while slows all of them down.
+    The first call of each compiles and is compared, not timed. After that they take turns, every second round in the
+    opposite order, so that what slows the machine down for a while slows all of them down. A sample is the mean of as
+    many calls in a row as fill 10 ms, and what counts is the lower quartile of the samples: what else the machine does
+    only adds time, and a single lucky sample should not decide. After 5 rounds those whose best sample is above 1.5
+    times the fastest quartile are passed over, and after 2 s no round begins any more.
 
     Arguments:
         run: does one call of the strategy named, waits for it, and returns its result; a `SnapcoreError` says that it
@@ -87,8 +98,8 @@ def tune(
         strategies: names; the first is the one that the others are compared with.
         to_host: brings a result to the host.
         tolerance: the largest deviation, max |p − q| / max |q|, with which a strategy may be chosen.
-        rounds: timed calls of each, 1 or more.
-        clock: tells the time in seconds.
+        rounds: the most samples of each, 1 or more; fewer are taken of slow strategies, and where calls are long.
+        clock: tells the time in seconds, which must pass.
 
     Raises:
         DataError: `rounds` is below 1.
@@ -107,9 +118,9 @@ def tune(
     trials = {first: Trial(deviation=0.0)}
     trials |= {name: _trial(run, name, to_host, reference, tolerance) for name in others}
     times = _times(run, [name for name in strategies if trials[name].refused is None], rounds, clock)
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    measured = {name: Trial(seconds, trials[name].deviation) for name, seconds in medians.items()}
-    return TuningReport(min(medians, key=medians.__getitem__), {**trials, **measured})
+    quartiles = {name: _quartile(seconds) for name, seconds in times.items()}
+    measured = {name: Trial(seconds, trials[name].deviation) for name, seconds in quartiles.items()}
+    return TuningReport(min(quartiles, key=quartiles.__getitem__), {**trials, **measured})
 
 
 def deviation(found: NDArray[Any], wanted: NDArray[Any]) -> float:
@@ -142,10 +153,28 @@ def _times(
     run: Callable[[str], object], names: Sequence[str], rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in names}
-    for each in range(rounds):
-        begin = each % len(names)
-        for name in [*names[begin:], *names[:begin]]:
-            began = clock()
-            run(name)
-            times[name].append(clock() - began)
+    end = clock() + _LONGEST
+    for done in range(rounds):
+        if done >= _LEAST and clock() >= end:
+            break
+        near = list(names) if done < _LEAST else _near(times)
+        for name in reversed(near) if done % 2 else near:
+            times[name].append(_sample(run, name, clock))
     return times
+
+
+def _near(times: Mapping[str, Sequence[float]]) -> list[str]:
+    fastest = min(map(_quartile, times.values()))
+    return [name for name, seconds in times.items() if min(seconds) <= _NEAR * fastest]
+
+
+def _quartile(seconds: Sequence[float]) -> float:
+    return sorted(seconds)[len(seconds) // 4]
+
+
+def _sample(run: Callable[[str], object], name: str, clock: Callable[[], float]) -> float:
+    began, passed, calls = clock(), 0.0, 0
+    while passed < _SAMPLE:
+        run(name)
+        passed, calls = clock() - began, calls + 1
+    return passed / calls
