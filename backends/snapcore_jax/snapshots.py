@@ -290,8 +290,10 @@ class SnapshotRun:
     def _settle(self) -> None:
         """Move the cursor to where the loop is, for the last time."""
         if self._calls.waiting and not self.finished:
-            new = self._new_updates()
+            new, place = self._new_updates(), self._recorder.epochs.state_dict()
             self._recorder.record(new, late="take")
+            if new <= self._calls.most:  # each has had its call: a batch taken since is given again
+                self._recorder.epochs.load_state_dict(place)
             self._calls.settle(new)
 
     def _catch_up(self) -> None:
