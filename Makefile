@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Two processes share a small machine best with one thread each.
-ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-# JAX runs threads, and a process with threads is not to be forked, which data loaders do: each has its own run.
-THREADED := tests/jax tests/lab tests/test_docs.py tests/conformance/test_jax.py
+# JAX and TensorFlow run threads, and a process with threads is not to be forked, which data loaders do: each has its own run.
+THREADED := tests/jax tests/keras tests/tensorflow tests/parity tests/lab tests/test_docs.py \
+  tests/conformance/test_jax.py tests/conformance/test_keras.py tests/conformance/test_tensorflow.py
 FORKING := tests $(addprefix --ignore=,$(THREADED))
 
 .PHONY: demo test durability lint bench docs clean
@@ -16,9 +17,10 @@ demo: $(VENV)/.demo
 	$(BIN)/snapcore train
 
 test: $(VENV)/.test
-	SNAPCORE_REQUIRE=torch,jax $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --cov --cov-report=term $(FORKING)
-	SNAPCORE_REQUIRE=torch,jax $(ONE_THREAD) $(BIN)/python -m pytest -n 2 $(THREADED)
-	$(ONE_THREAD) $(BIN)/python -m pytest --doctest-modules --pyargs snapcore snapcore_torch snapcore_jax
+	SNAPCORE_REQUIRE=torch,jax,keras,tensorflow $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --cov --cov-report=term $(FORKING)
+	SNAPCORE_REQUIRE=torch,jax,keras,tensorflow $(ONE_THREAD) $(BIN)/python -m pytest -n 2 $(THREADED)
+	$(ONE_THREAD) $(BIN)/python -m pytest --doctest-modules --pyargs snapcore snapcore_torch snapcore_jax \
+	  snapcore_keras snapcore_tensorflow
 
 durability: $(VENV)/.test
 	SNAPCORE_KILLS=100 SNAPCORE_DAMAGE=10000 $(ONE_THREAD) $(BIN)/python -m pytest tests/durability -n 2 -q $(ARGS)

@@ -22,7 +22,7 @@ State = TypeVar("State")
 Report = Callable[[int, float], None]
 
 GROUP = "snapcore.backends"
-_EXTRAS = ("torch", "jax")  # the extras of this distribution that bring a backend
+_EXTRAS = ("torch", "jax", "keras", "tensorflow")  # the extras of this distribution that bring a backend
 
 
 class Pending(Protocol):

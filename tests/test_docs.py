@@ -14,6 +14,7 @@ import shlex
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from snapcore import METHODS, program
@@ -65,7 +66,35 @@ def jax_scene():
     }
 
 
-SCENES = {"torch": torch_scene, "jax": jax_scene}
+def keras_scene():
+    import keras
+
+    x, y = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32), np.arange(40) % 3
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    return {"epochs": 20, "updates_per_epoch": 4, "x": x, "y": y, "model": model}
+
+
+def tensorflow_scene():
+    import keras
+    import tensorflow as tf
+
+    scene = keras_scene()
+    loss_fn = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    def make_train_step(model, optimizer):
+        @tf.function
+        def train_step(x, y):
+            with tf.GradientTape() as tape:
+                loss = loss_fn(y, model(x, training=True))
+            optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+
+        return train_step
+
+    data = tf.data.Dataset.from_tensor_slices((scene["x"], scene["y"])).batch(10)
+    return {**scene, "data": data, "loss_fn": loss_fn, "make_train_step": make_train_step}
+
+
+SCENES = {"torch": torch_scene, "jax": jax_scene, "keras": keras_scene, "tensorflow": tensorflow_scene}
 
 
 def check_doctest(text, names, page, line):

@@ -1,6 +1,7 @@
 """The application on top of the core: data, training, evaluation and the `snapcore` command."""
 
 import logging
+import os
 import sys
 import warnings
 from typing import Any
@@ -21,6 +22,7 @@ def main() -> None:
 def _speak_plainly() -> None:
     """Tell what the core warns of and notes in lines of its own, without the source they come from."""
     warnings.formatwarning = _one_line
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's own notes on its start
     logging.basicConfig(format="snapcore: %(message)s")
     logging.getLogger("snapcore").setLevel(logging.INFO)
 

@@ -38,7 +38,8 @@ def test_a_backend_of_a_third_party_is_loaded_by_its_name():
 @pytest.mark.usefixtures("registered")
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(
-        BackendNotFoundError, match=r"no backend is called 'caffe'; known: elsewhere, jax, third, torch\. A"
+        BackendNotFoundError,
+        match=r"no backend is called 'caffe'; known: elsewhere, jax, keras, tensorflow, third, torch\. A",
     ):
         load_backend("caffe")
 

@@ -10,7 +10,7 @@ import pytest
 
 import snapcore
 
-FRAMEWORKS = {"torch", "jax", "optax", "flax", "keras", "tensorflow", "snapcore_torch"}
+FRAMEWORKS = {"torch", "jax", "optax", "flax", "keras", "tensorflow", "snapcore_torch", "snapcore_keras"}
 APPLICATION = {"lab", "__main__"}
 ROOMS = sorted(f"snapcore.{r.name}" for r in pkgutil.iter_modules(snapcore.__path__) if r.name not in APPLICATION)
 WITHOUT_NUMPY = ["snapcore", "snapcore.errors", "snapcore.schedule", "snapcore.protocol", "snapcore.backend"]

@@ -309,14 +309,14 @@ except ModuleNotFoundError as error:
     told.append([error.name, str(error)])
 print(json.dumps(told))
 """
-    done = python("-c", HIDE + code, "torch", "jax")
+    done = python("-c", HIDE + code, "torch", "jax", "tensorflow", "keras")
     train, backends, named, imported = json.loads(done.out)
     assert train == [1, "snapcore: no framework is installed: pip install 'snapcore[torch]'\n"]
     assert backends[0] == 0
-    assert [line.partition(":")[0] for line in backends[1].splitlines()] == ["jax", "torch"]
+    assert [line.partition(":")[0] for line in backends[1].splitlines()] == ["jax", "keras", "tensorflow", "torch"]
     assert imported == ["torch", "snapcore_torch needs PyTorch: pip install 'snapcore[torch]'"]
     assert named[0] == 1
-    assert "pip install 'snapcore[jax]'" in backends[1]
-    for text in (backends[1].splitlines()[1], named[1].rstrip()):
+    assert all(f"pip install 'snapcore[{name}]'" in backends[1] for name in ("jax", "keras", "tensorflow"))
+    for text in (backends[1].splitlines()[-1], named[1].rstrip()):
         assert "pip install 'snapcore[torch]'" in text
         assert "\n" not in text

@@ -1,0 +1,212 @@
+"""A run that follows a Keras model by its optimizer's own count: what the callback and TensorFlow's loop share."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+from keras import ops
+from numpy.typing import NDArray
+
+from snapcore import Cursor, Program, ProtocolError, Schedule
+from snapcore.counting import Calls
+from snapcore.group import Group
+from snapcore.hosted import Place
+from snapcore.protocol import Event, Restart, as_program
+from snapcore.recorder import AGREE_EVERY, Recorder, restart_weights
+from snapcore_keras.schedule import check_rate, innermost
+from snapcore_keras.state import (
+    Copy,
+    dump_training,
+    load_training,
+    load_weights,
+    named_weights,
+    reset_moments,
+)
+
+Tensors = Mapping[str, NDArray[Any]]
+
+FreshWeights = Callable[[int], "keras.Model | Tensors"]
+"""Gives fresh weights for a member number: a model, or arrays by the names of a member."""
+
+
+class Following:
+    """Walk a program along the updates that an optimizer counts; keep members and resume points.
+
+    Arguments:
+        directory: the run's own.
+        cycles_or_program: what to walk.
+        model: built.
+        optimizer: its optimizer; built here if it is not.
+        framework: recorded with every member.
+        resume: go on with an unfinished run that is there; False moves any run aside.
+        resume_every: updates between two resume points, beside those at every cycle's end.
+        init: for programs with `fresh` restarts.
+        group: the processes that train together.
+        at: where a trainer that keeps checkpoints of its own is.
+        per_call: gradients that every call gives to the optimizer, at most; None if that is not known.
+
+    Raises:
+        ProtocolError: the program needs `init`, and it is missing; or the optimizer's schedule is not where the run is.
+        ScheduleError: the optimizer has another schedule.
+        DataError: the model is not built, or what was saved does not fit it.
+        StoreError: the directory cannot be used.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        cycles_or_program: Schedule | Program,
+        model: Any,
+        optimizer: Any,
+        *,
+        framework: str,
+        resume: bool = True,
+        resume_every: int | None = None,
+        init: FreshWeights | None = None,
+        group: Group | None = None,
+        at: Place | None = None,
+        per_call: int | None = None,
+    ) -> None:
+        program = as_program(cycles_or_program)
+        check_init(program, init)
+        self._model, self._optimizer, self._init = model, optimizer, init
+        named_weights(model)
+        schedule = check_rate(optimizer, program.schedule)
+        if not optimizer.built:
+            optimizer.build(model.trainable_variables)
+        self.recorder = Recorder(
+            directory,
+            program,
+            _Source(model, optimizer),
+            framework=framework,
+            resume=resume,
+            resume_every=resume_every,
+            group=group,
+            at=at,
+        )
+        self.cursor = self.recorder.cursor
+        try:
+            self._restart(self.recorder.start())
+            every = (resume_every, AGREE_EVERY if group else None)
+            self.calls = _calls(self.cursor, every, optimizer, per_call)
+            self.before = self._counted() - self.cursor.step
+            """What the optimizer had counted when this run had done no update."""
+            if schedule is not None and schedule.begin != self.before:
+                raise ProtocolError(
+                    f"the optimizer has counted {self.before} updates that this run has not seen, and its schedule is "
+                    f"that far ahead: compile with a new optimizer, or pass SnapshotSchedule(…, begin={self.before})"
+                )
+        except BaseException:
+            self.recorder.close(exact=False)
+            raise
+
+    def called(self) -> bool:
+        """Count a call; return whether `look` must be called: something may be due, or a SIGTERM has come."""
+        due = self.calls.next_may_be_due()
+        self.calls.add()
+        return due or self.recorder.told_to_end
+
+    def updates(self) -> int:
+        """Return the updates done; this waits for the one that is being done."""
+        return self._counted() - self.before
+
+    def look(self) -> bool:
+        """Read the optimizer's count and do what is due; return whether the model was given other weights."""
+        new = self.updates() - self.cursor.step
+        if new < 0:
+            raise ProtocolError(
+                f"the optimizer counts {self.updates()} updates, but {self.cursor.step} were done before: when its "
+                "state is made anew, its count must be kept"
+            )
+        events = self.recorder.record(new, late="take")
+        self.calls.settle(new)
+        return self._restart(events)
+
+    def settle(self) -> None:
+        """Move to where the loop is, for the last time."""
+        if self.calls.waiting and not self.cursor.finished:
+            self.look()
+
+    def _counted(self) -> int:
+        return int(ops.convert_to_numpy(ops.copy(innermost(self._optimizer).iterations)))
+
+    def _restart(self, events: tuple[Event, ...]) -> bool:
+        changed = False
+        for event in events:
+            if isinstance(event, Restart):
+                tensors = restart_weights(event, self.recorder, self._fresh)
+                if tensors is not None:
+                    load_weights(self._model, tensors, f"the {event.source} member")
+                if event.optimizer == "reset":
+                    reset_moments(self._model, self._optimizer)
+                changed = True
+        return changed
+
+    def _fresh(self, member: int) -> Tensors:
+        weights = self._init(member)  # type: ignore[misc]  # refused at construction if missing
+        return weights if isinstance(weights, Mapping) else Copy(named_weights(weights)).resolve()
+
+
+def counted(optimizer: Any) -> int:
+    """Return the updates that an optimizer has counted; this waits for the one that is being done."""
+    return int(ops.convert_to_numpy(innermost(optimizer).iterations))
+
+
+def gradients(optimizer: Any) -> int:
+    """Return the gradients that an optimizer has been given: its updates, or the parts that they are made of."""
+    inner = innermost(optimizer)
+    return int(ops.convert_to_numpy(next(each for each in inner.variables if each.name == "iteration")))
+
+
+def check_init(program: Program, init: FreshWeights | None) -> None:
+    """Refuse a program that needs fresh weights where there are none.
+
+    Raises:
+        ProtocolError: `init` is missing.
+    """
+    if program.between.source == "fresh" and init is None:
+        raise ProtocolError(
+            f"{program.method} starts members from fresh weights: pass init=, a function that gives a model for a "
+            "member number"
+        )
+
+
+class _GradientCalls(Calls):
+    """Calls that each give the optimizer a known number of gradients, `accumulation` of which make an update."""
+
+    def __init__(self, cursor: Cursor, every: tuple[int | None, ...], optimizer: Any, per_call: int) -> None:
+        super().__init__(cursor, every, per_call)
+        self._optimizer = optimizer
+        self._accumulation = innermost(optimizer).gradient_accumulation_steps or 1
+        self.settle(0)
+
+    def settle(self, updates: int) -> None:
+        super().settle(updates)
+        self._reach = self._reach * self._accumulation - gradients(self._optimizer) % self._accumulation
+
+
+def _calls(cursor: Cursor, every: tuple[int | None, ...], optimizer: Any, per_call: int | None) -> Calls:
+    return Calls(cursor, every) if per_call is None else _GradientCalls(cursor, every, optimizer, per_call)
+
+
+class _Source:
+    """What is being trained, as the recorder sees it."""
+
+    def __init__(self, model: Any, optimizer: Any) -> None:
+        self._model, self._optimizer = model, optimizer
+
+    def capture(self) -> Copy:
+        return Copy(named_weights(self._model))
+
+    def dump(self) -> tuple[Copy, dict[str, Any]]:
+        return dump_training(self._model, self._optimizer), {}
+
+    def load(self, tensors: Tensors, values: dict[str, Any]) -> None:  # noqa: ARG002 - nothing but tensors
+        load_training(self._model, self._optimizer, tensors)
+
+    def random_state(self) -> None:
+        """Nothing: random layers keep their own state, which is in the dump."""
+
+    def set_random_state(self, state: Any) -> None:
+        """Nothing to set."""

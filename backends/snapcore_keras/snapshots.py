@@ -1,0 +1,237 @@
+"""Snapshots from `model.fit`: one callback, on whichever backend Keras runs.
+
+A callback is told of batches, and Keras' own numbers for them are no counts: what counts is the optimizer. On JAX the
+model's variables are empty between batches, and looking at `self.model` fills them at the price of a round trip; so it
+is looked at only when calls can have led to a boundary.
+"""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from snapcore import Program, ProtocolError, Schedule
+from snapcore.hosted import Place
+from snapcore.manifest import MANIFEST
+from snapcore.protocol import as_program
+from snapcore.resume import ResumePoint, clear_point, read_point
+from snapcore.store import SnapshotStore
+from snapcore_keras.executions import check_cycles, check_epochs
+from snapcore_keras.following import Following, FreshWeights, check_init, counted, gradients
+from snapcore_keras.schedule import SnapshotSchedule, check_rate, innermost
+
+_FRAMEWORK = "keras"
+
+
+class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
+    """Take snapshots while `model.fit` trains, and go on after a kill.
+
+    An update is what the optimizer counts, `optimizer.iterations`. `steps_per_execution`, gradient accumulation, what
+    a scaled loss skips, `initial_epoch`, several calls of `fit`, and validation in between change nothing about when
+    a snapshot is taken: after the last update of a cycle, the last one when training ends on it. Then training stops,
+    whatever `epochs` says. An optimizer built with the matching `SnapshotSchedule` is left alone; one with a plain
+    rate is given that schedule for good, from where it is.
+
+    After a kill, call `fit` with a new callback for the same directory. Weights, optimizer, rate and the states of
+    random layers go on exactly at the newest resume point, while Keras begins another epoch of data. (On PyTorch, a
+    random layer has such a state only if it is given a seed; without, it draws from the process's generator.) Beside
+    `keras.callbacks.BackupAndRestore`, the run goes on where that has put the model: members taken later are forgotten
+    and taken again. Put this callback before it in the list: members are then on disk before a backup counts on them.
+    So it goes on, too, with a model that was loaded with its optimizer.
+
+    Arguments:
+        directory: the run's own; created.
+        cycles_or_program: a schedule, or a program from `snapcore.program`.
+        resume: go on with an unfinished run that is there; False moves any run aside, unless the model is in it.
+        resume_every: updates between two resume points, beside those at every cycle's end.
+        init: for programs with `fresh` restarts: gives a model, or arrays by name, for a member number.
+
+    Raises:
+        ScheduleError: when training starts: the optimizer has another schedule, or `steps_per_execution` does not
+            divide a cycle.
+        ProtocolError: the program restarts from fresh weights and `init` is missing; an epoch's batches would make
+            snapshots late; the optimizer has counted updates that the run has not seen; or `fit` was not given a list
+            of callbacks.
+        StoreError: the directory holds a finished run or another program's, is being written, or cannot be written.
+        DataError: the model is not built, or what was saved does not fit it.
+
+    Example:
+        >>> import tempfile, keras, numpy as np
+        >>> from snapcore import CosineCycles
+        >>> from snapcore.store import SnapshotStore
+        >>> cycles = CosineCycles(lr=0.1, steps=64, cycles=4)
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+        >>> model.compile(keras.optimizers.SGD(SnapshotSchedule(cycles), momentum=0.9), loss="mse")
+        >>> x, y = np.ones((128, 4)), np.zeros((128, 2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     callback = SnapshotCallback(folder, cycles)
+        ...     history = model.fit(x, y, batch_size=8, epochs=4, callbacks=[callback], verbose=0)
+        ...     [member.step for member in SnapshotStore(folder).members]
+        [16, 32, 48, 64]
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        cycles_or_program: Schedule | Program,
+        *,
+        resume: bool = True,
+        resume_every: int | None = None,
+        init: FreshWeights | None = None,
+    ) -> None:
+        super().__init__()
+        self.directory = Path(directory)
+        self.program = as_program(cycles_or_program)
+        check_init(self.program, init)
+        self._resume = resume
+        self._options: dict[str, Any] = {"resume_every": resume_every, "init": init}
+        self._following: Following | None = None
+        self._thread = threading.current_thread()
+        self._counted = 0
+
+    def set_model(self, model: Any) -> None:
+        """Check the optimizer and give it the schedule if it has none, before any callback restores anything."""
+        super().set_model(model)
+        self._thread = threading.current_thread()
+        self._close_what_was_left()
+        model = self.model
+        check_cycles(self.program.schedule, model.steps_per_execution, _accumulation(model.optimizer))
+        self._counted = counted(model.optimizer)
+        if check_rate(model.optimizer, self.program.schedule) is None:
+            self._set_schedule(model)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+        """Open the run before the first batch, where the model is by now."""
+        if self._following is None:
+            self._open()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
+        """Take what is due; end training with the program."""
+        if threading.current_thread() is not self._thread:
+            raise ProtocolError("Keras calls a lone callback in another thread: pass a list, callbacks=[callback]")
+        following = self._opened()
+        if not following.called():
+            following.recorder.record(0)  # raises what the writer has met
+            return
+        model = self.model  # on JAX this gives the variables their values
+        if not following.cursor.finished and following.look():
+            following.recorder.place()  # a backup made now has the new weights: the member must be on disk
+        model.stop_training |= following.cursor.finished
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+        """Wait for the files that a backup of this epoch counts on."""
+        following = self._opened()
+        if following.calls.waiting:  # else it is made at the boundary itself, with the weights for the member
+            following.recorder.place()
+
+    def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002
+        """Wait for the files, and raise what writing them raised; a later `fit` goes on."""
+        if self._following is None and counted(self.model.optimizer) != self._counted:
+            self._open()  # a backup was made after the last epoch, and what was due there may not be on disk
+        self.close()
+
+    def close(self) -> None:
+        """Release the directory after a `fit` that has died; a later one goes on where this left the model.
+
+        Raises:
+            StoreError, DivergedError: a member or the resume point could not be written or was refused.
+            SystemExit: with code 143, after a SIGTERM that no update has answered.
+        """
+        following, self._following = self._following, None
+        if following is None:
+            return
+        _OPEN.pop(self.directory.absolute(), None)
+        try:
+            following.settle()
+        except BaseException:
+            following.recorder.close(exact=False)
+            raise
+        following.recorder.close()
+
+    def _close_what_was_left(self) -> None:
+        """Close the run of a `fit` that has died: in the thread that begins one, no other can be under way."""
+        left = _OPEN.get(self.directory.absolute())
+        if left is not None and left._thread is self._thread:
+            left.close()
+
+    def _set_schedule(self, model: Any) -> None:
+        innermost(model.optimizer).learning_rate = SnapshotSchedule(
+            self.program.schedule,
+            begin=self._counted,
+            gradient_accumulation_steps=_accumulation(model.optimizer),
+        )
+        if model.train_function is not None:  # traced by an earlier fit, with the rate that was
+            model.make_train_function(force=True)
+
+    def _open(self) -> None:
+        model = self.model
+        begin = check_rate(model.optimizer, self.program.schedule).begin  # type: ignore[union-attr]  # set by now
+        now = counted(model.optimizer)
+        at, resume = self._where(now - begin, restored=now != self._counted)
+        known = type(model).train_step is keras.Model.train_step
+        following = Following(
+            self.directory,
+            self.program,
+            model,
+            model.optimizer,
+            framework=_FRAMEWORK,
+            resume=resume,
+            at=at,
+            per_call=model.steps_per_execution if known else None,
+            **self._options,
+        )
+        try:
+            self._check_epochs(model, following)
+        except BaseException:
+            following.recorder.close(exact=False)
+            raise
+        self._following, self._resume = following, True
+        _OPEN[self.directory.absolute()] = self
+        model.stop_training |= following.cursor.finished
+
+    def _where(self, step: int, *, restored: bool) -> tuple[Place | None, bool]:
+        """Return the place that the model was put at, or None to go on by points of our own; and whether to resume.
+
+        Arguments:
+            step: updates that the model has behind it.
+            restored: whether another callback has put it there since training began.
+        """
+        if step <= 0 or not (self.directory / MANIFEST).exists():
+            return None, self._resume
+        if SnapshotStore(self.directory).stopped is not None and not restored:
+            return None, self._resume
+        point = read_point(self.directory)
+        if point is not None and (point.state["place"]["step"] == step or point.state["framework"] != _FRAMEWORK):
+            return None, True
+        return self._place(step, point), True
+
+    def _place(self, step: int, point: ResumePoint | None) -> Place | None:
+        with SnapshotStore(self.directory, "w") as store:
+            if store.program != self.program.to_dict():
+                return None  # refused when it is opened
+            indexes = [member.index for member in store.members]
+            if point is not None and point.member is not None and point.member.index not in indexes:
+                store.add(point.member)  # killed between the two
+            clear_point(self.directory)
+            members = tuple(member.sha256 for member in store.members if member.step <= step)
+        return Place(min(step, self.program.updates), members)
+
+    def _check_epochs(self, model: Any, following: Following) -> None:
+        accumulation = _accumulation(model.optimizer)
+        done = gradients(model.optimizer) - following.before * accumulation
+        due = (step * accumulation - done for step in self.program.schedule.snapshot_steps)
+        check_epochs(tuple(each for each in due if each > 0), model.steps_per_execution, self.params["steps"])
+
+    def _opened(self) -> Following:
+        if self._following is None:
+            raise ProtocolError("no run is open: Keras calls on_epoch_begin before any batch; call it in a loop, too")
+        return self._following
+
+
+_OPEN: dict[Path, SnapshotCallback] = {}
+"""Callbacks whose run is open, by its directory: Keras tells nobody when a `fit` dies."""
+
+
+def _accumulation(optimizer: Any) -> int:
+    return innermost(optimizer).gradient_accumulation_steps or 1

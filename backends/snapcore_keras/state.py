@@ -1,0 +1,128 @@
+"""A Keras model's weights by name, and all that training needs to go on.
+
+Names of layers come from counters that the whole process shares, so a name here is the weight's place in
+`model.weights` and then, for people, its path: `000/dense/kernel`. On loading, place and shape decide.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+from numpy.typing import NDArray
+
+from snapcore import DataError
+from snapcore.recorder import WEIGHTS
+from snapcore.tensors import check_fit
+from snapcore_keras.schedule import innermost
+
+Tensors = Mapping[str, NDArray[Any]]
+
+_OPTIMIZER = "rest/optimizer/"
+_RANDOM = "rest/random/"
+_COUNTS = ("iteration", "learning_rate")
+"""What of an optimizer is no moment: never reset."""
+
+
+class Copy:
+    """A copy of named variables on their own device, on its way to the host."""
+
+    def __init__(self, variables: Mapping[str, Any]) -> None:
+        self._tensors = {name: (ops.copy(variable), _dtype(variable)) for name, variable in variables.items()}
+
+    def resolve(self) -> dict[str, NDArray[Any]]:
+        """Return the copy as host arrays that own their memory; bfloat16 as ml_dtypes' own."""
+        return {name: np.array(ops.convert_to_numpy(value), dtype) for name, (value, dtype) in self._tensors.items()}
+
+
+def named_weights(model: Any) -> dict[str, Any]:
+    """Return parameters and batch statistics by name, not copied.
+
+    Raises:
+        DataError: the model has no weights yet.
+    """
+    if not model.weights:
+        raise DataError(f"{model.name} has no weights yet: build it first, by calling it on a batch")
+    return _named("", model.weights, model.name)
+
+
+def load_weights(model: Any, tensors: Tensors, what: str) -> None:
+    """Give the model other weights, by place and shape.
+
+    Raises:
+        DataError: they are not this model's; it is left as it was.
+    """
+    _assign(named_weights(model), tensors, what)
+
+
+def fitted(variables: Mapping[str, Any], tensors: Tensors, what: str) -> list[NDArray[Any]]:
+    """Return the tensors in the order of the variables, by place and shape.
+
+    Raises:
+        DataError: they are not what the variables hold.
+    """
+    own = {_place(name): name for name in variables}
+    given = {own.get(_place(name), name): array for name, array in tensors.items()}
+    shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
+    check_fit({name: array.shape for name, array in given.items()}, shapes, what)
+    return [given[name] for name in variables]
+
+
+def dump_training(model: Any, optimizer: Any) -> Copy:
+    """Return a copy of weights, optimizer, and the states of random layers."""
+    return Copy(_training(model, optimizer))
+
+
+def load_training(model: Any, optimizer: Any, tensors: Tensors, what: str = "the resume point") -> None:
+    """Go on from what `dump_training` copied.
+
+    Raises:
+        DataError: it is not of this model and optimizer; both are left as they were.
+    """
+    _assign(_training(model, optimizer), tensors, what)
+
+
+def reset_moments(model: Any, optimizer: Any) -> None:
+    """Give the optimizer the moments of a new one; its count of updates stays."""
+    inner = innermost(optimizer)
+    fresh = type(inner).from_config(inner.get_config())
+    fresh.build(model.trainable_variables)
+    for own, new in zip(inner.variables, fresh.variables, strict=True):
+        if own.name not in _COUNTS:
+            own.assign(new.value)
+
+
+def _training(model: Any, optimizer: Any) -> dict[str, Any]:
+    weights = {id(variable) for variable in model.weights}
+    random = [variable for variable in model.variables if id(variable) not in weights]
+    return {
+        **{WEIGHTS + name: variable for name, variable in named_weights(model).items()},
+        **_named(_OPTIMIZER, optimizer.variables),
+        **_named(_RANDOM, random, model.name),
+    }
+
+
+def _named(prefix: str, variables: Iterable[Any], owner: str = "") -> dict[str, Any]:
+    return {f"{prefix}{place:03d}/{_path(each, owner)}": each for place, each in enumerate(variables)}
+
+
+def _path(variable: Any, owner: str) -> str:
+    path = variable.path.removeprefix(owner + "/")
+    return re.sub(r"_\d+(?=/|$)", "", path)
+
+
+def _assign(variables: Mapping[str, Any], tensors: Tensors, what: str) -> None:
+    for variable, array in zip(variables.values(), fitted(variables, tensors, what), strict=True):
+        variable.assign(array)
+
+
+def _place(name: str) -> str:
+    """Return what of a name decides: up to the number."""
+    found = re.match(r"(?:[a-z]+/)*\d+(?=/)", name)
+    return found.group() if found else name
+
+
+def _dtype(variable: Any) -> Any:
+    return np.dtype(keras.backend.standardize_dtype(variable.dtype))

@@ -1,0 +1,138 @@
+"""The ways to run all members on one batch: one after the other, or stacked into one vectorised call."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import keras
+from keras import ops
+
+from snapcore import DataError
+from snapcore_keras.activations import ACTIVATIONS, Activation
+
+Weights = Sequence[Any]
+"""One member's: variables or tensors, in the order of `model.weights`."""
+
+_INSTEAD = "use strategy='loop'"
+_HALF = ("float16", "bfloat16")  # averaged in float32
+_VECTORISING = ("jax", "torch")
+"""What Keras' `vectorized_map` can run a model on: TensorFlow's fails in the layers' own bookkeeping."""
+
+
+class Strategy(Protocol):
+    """All members on one batch."""
+
+    def mean(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the members' mean probabilities."""
+
+    def each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return each member's probabilities, the member axis first."""
+
+
+class Forward:
+    """Run a model with other weights than its own, in evaluation mode; the model's own stay as they are.
+
+    Arguments:
+        model: built.
+        activation: from outputs to probabilities: a name or a callable.
+        output: picks the tensor when the model returns something else.
+    """
+
+    def __init__(self, model: Any, activation: str | Activation, output: Callable[[Any], Any] | None) -> None:
+        self.model, self.activation, self.output = model, activation, output
+        self.variables = list(model.weights)
+        self._activate = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+
+    def __call__(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return one member's probabilities."""
+        outputs = self.outputs(weights, args, kwargs)
+        half = keras.backend.standardize_dtype(outputs.dtype) in _HALF
+        return self._activate(ops.cast(outputs, "float32") if half else outputs)
+
+    def outputs(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return one member's outputs.
+
+        Raises:
+            DataError: the model returns several tensors and `output` is missing, or it has got other weights.
+        """
+        if list(map(id, self.model.weights)) != list(map(id, self.variables)):
+            raise DataError(
+                f"{self.model.name} has got other weights since the ensemble was made of it: load the ensemble again, "
+                "with a model as it was trained"
+            )
+        # What `stateless_call` does, but through the model's `__call__`: it casts inputs and weights to the model's
+        # precision, and passes `training` on only where `call` takes it.
+        with keras.StatelessScope(state_mapping=list(zip(self.variables, weights, strict=True))):
+            found = self.model(*args, **{**kwargs, "training": False})
+        picked = found if self.output is None else self.output(found)
+        if not ops.is_tensor(picked):
+            raise DataError(
+                f"the model must return one tensor, got {type(picked).__name__}: pass output=, such as "
+                "output=lambda outputs: outputs[0]"
+            )
+        return picked
+
+
+class Loop:
+    """One member after the other.
+
+    Arguments:
+        forward: runs one.
+        members: the weights of each.
+    """
+
+    def __init__(self, forward: Forward, members: Sequence[Weights]) -> None:
+        self._forward, self._members = forward, members
+
+    def mean(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the members' mean probabilities."""
+        each = self._each(args, kwargs)
+        total = next(each)
+        for probabilities in each:
+            total = total + probabilities
+        return total / len(self._members)
+
+    def each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return each member's probabilities, the member axis first."""
+        return ops.stack(list(self._each(args, kwargs)))
+
+    def _each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+        return (self._forward(weights, args, kwargs) for weights in self._members)
+
+
+class Stacked:
+    """All members in one vectorised call; their weights are held a second time, stacked.
+
+    Arguments:
+        forward: runs one.
+        members: the weights of each.
+
+    Raises:
+        DataError: Keras runs on a backend whose `vectorized_map` cannot run a model.
+    """
+
+    def __init__(self, forward: Forward, members: Sequence[Weights]) -> None:
+        backend = keras.backend.backend()
+        if backend not in _VECTORISING:
+            raise DataError(
+                f"strategy 'stacked' needs Keras to run on {' or '.join(_VECTORISING)}, got {backend}, whose "
+                f"vectorized_map cannot run a model: {_INSTEAD}"
+            )
+        self._forward = forward
+        self._stacks = [
+            ops.stack([ops.convert_to_tensor(each) for each in same]) for same in zip(*members, strict=True)
+        ]
+
+    def mean(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the members' mean probabilities."""
+        return ops.mean(self.each(args, kwargs), axis=0)
+
+    def each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return each member's probabilities, the member axis first.
+
+        Raises:
+            DataError: the model does something that cannot be vectorised.
+        """
+        try:
+            return ops.vectorized_map(lambda weights: self._forward(weights, args, kwargs), self._stacks)
+        except (RuntimeError, ValueError) as error:
+            raise DataError(f"{self._forward.model.name} cannot be run stacked: {error}; {_INSTEAD}") from error

@@ -1,0 +1,48 @@
+"""What the tests of Keras share: the script that fits on a backend, as a module and as processes."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("fit_on_a_backend.py")
+BACKENDS = ("tensorflow", "jax", "torch")
+
+
+def process(arguments, backend, **options):
+    """Begin a process of Python on one of Keras' backends."""
+    path = os.pathsep.join(filter(None, sys.path))
+    env = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        env={**env, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.fixture(scope="session")
+def fits():
+    """The script as a module, on the backend of this process."""
+    spec = importlib.util.spec_from_file_location("fit_on_a_backend", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def seen(tmp_path_factory):
+    """What the script saw on every backend, in processes that were killed and others that went on."""
+    folders = {backend: tmp_path_factory.mktemp(backend) for backend in BACKENDS}
+    for what, code in (("begin", 9), ("go_on", 0)):
+        begun = {backend: process([SCRIPT, what, folder], backend) for backend, folder in folders.items()}
+        for backend, each in begun.items():
+            error = each.communicate()[1]
+            assert each.returncode == code, f"{backend}: {error}"
+    return {backend: json.loads((folder / "seen.json").read_text()) for backend, folder in folders.items()}

@@ -1,0 +1,124 @@
+"""Load a run into an ensemble on a backend: `python ensemble_on_a_backend.py jax|torch DIRECTORY`.
+
+DIRECTORY holds `run`, and `wanted.npz` with a batch and each member's probabilities. It prints what held.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+backend, directory = sys.argv[1], Path(sys.argv[2])
+os.environ["KERAS_BACKEND"] = backend
+
+import keras  # noqa: E402 - the backend is chosen before
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from keras import layers, ops  # noqa: E402
+
+from snapcore import DataError  # noqa: E402
+from snapcore.files import map_tensors  # noqa: E402
+from snapcore.store import SnapshotStore  # noqa: E402
+from snapcore_keras import SnapshotEnsemble  # noqa: E402
+from snapcore_keras.state import Copy, named_weights  # noqa: E402
+
+given = np.load(directory / "wanted.npz")
+x, wanted = given["x"], given["probabilities"]
+
+
+def close(found, expected):
+    np.testing.assert_allclose(ops.convert_to_numpy(found), expected, atol=1e-6)
+
+
+def architecture():
+    return keras.Sequential(
+        [keras.Input((3,)), layers.Dense(5), layers.BatchNormalization(), layers.Dropout(0.5), layers.Dense(4)]
+    )
+
+
+def jitted(ensemble):
+    import jax
+
+    return jax.jit(ensemble)
+
+
+def by_every_strategy():
+    model = architecture()
+    for strategy in ("loop", "stacked"):
+        ensemble = SnapshotEnsemble.load(directory / "run", model, strategy=strategy)
+        if backend == "jax":  # where there is no value to look at
+            close(jitted(ensemble)(x), wanted.mean(0))
+        close(ensemble(x), wanted.mean(0))
+        close(ensemble.members(x), wanted)
+        print(strategy)
+    close(ensemble.predict(x, batch_size=4), wanted.mean(0))
+    print("predict")
+    ensemble.functional().save(directory / "one.keras")
+    close(keras.models.load_model(directory / "one.keras")(x), wanted.mean(0))
+    print("saved")
+    report = ensemble.tune(x, rounds=1)
+    assert set(report) == {"loop", "stacked"}
+    assert report["stacked"].deviation <= 1e-6
+    print("tuned")
+
+
+class Probable(keras.Model):
+    """Gives probabilities in a way that nothing tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = layers.Dense(4)
+
+    def call(self, inputs):
+        return ops.softmax(self.out(inputs))
+
+
+def refuse_probabilities():
+    model = Probable()
+    model(x)
+    for strategy in ("loop", "stacked"):
+        with pytest.raises(DataError, match="already are probabilities"):
+            SnapshotEnsemble([model.get_weights()], model, strategy=strategy)(x)
+    print("refused")
+
+
+class Asking(keras.callbacks.Callback):
+    """Asks an ensemble of the model that is being trained, amid an epoch."""
+
+    def __init__(self, ensemble):
+        super().__init__()
+        self.ensemble, self.found = ensemble, []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.found.append(ops.convert_to_numpy(self.ensemble(x)))
+
+
+def amid_training():
+    model = architecture()
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    asking = Asking(SnapshotEnsemble.load(directory / "run", model))
+    model.fit(x, np.arange(len(x)) % 4, batch_size=3, verbose=0, callbacks=[asking])
+    assert len(asking.found) == 2
+    for found in asking.found:
+        close(found, wanted.mean(0))
+    print("amid")
+
+
+def bfloat16_bit_for_bit():
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(4, dtype="bfloat16")])
+    with SnapshotStore(directory / "half", "w") as store:
+        written = Copy(named_weights(model)).resolve()
+        store.save(written, index=1, step=1, cycle=0, lr=0.1, framework="keras")
+    ensemble = SnapshotEnsemble.load(directory / "half", model)
+    held = Copy(named_weights(ensemble.functional())).resolve()
+    read = map_tensors(SnapshotStore(directory / "half").file(1))
+    assert {array.dtype.name for array in read.values()} == {"bfloat16"}
+    assert [array.tobytes() for array in held.values()] == [array.tobytes() for array in read.values()]
+    assert keras.backend.standardize_dtype(ensemble(x).dtype) == "float32"
+    print("bfloat16")
+
+
+assert keras.backend.backend() == backend
+by_every_strategy()
+refuse_probabilities()
+amid_training()
+bfloat16_bit_for_bit()

@@ -1,0 +1,429 @@
+"""The callback for `fit`: what it counts, when it takes snapshots, and where it goes on."""
+
+import math
+import os
+import signal
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from keras import layers
+
+from snapcore import (
+    CosineCycles,
+    CycleWarning,
+    DataError,
+    DivergedError,
+    ProtocolError,
+    ScheduleError,
+    StoreError,
+    program,
+)
+from snapcore.resume import read_point
+from snapcore.store import SnapshotStore
+from snapcore_keras import SnapshotCallback, SnapshotSchedule
+from snapcore_keras.executions import check_cycles
+
+BACKENDS = ("tensorflow", "jax", "torch")
+SHORT = CosineCycles(0.02, 24, 3)  # epochs have 6 batches
+
+
+def formula(step, cycles=SHORT):
+    """Equation 2, by hand."""
+    length = math.ceil(cycles.steps / cycles.cycles)
+    return cycles.lr / 2 * (math.cos(math.pi * (step % length) / length) + 1)
+
+
+def steps(directory):
+    return [member.step for member in SnapshotStore(directory).members]
+
+
+def shown(fits, rate, **options):
+    """A model whose one weight shows the rate of the last update."""
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(1, use_bias=False)])
+    model.compile(fits.Shown(rate, **options), "mse")
+    return model
+
+
+class At(keras.callbacks.Callback):
+    """Does something after so many batches."""
+
+    def __init__(self, batches, act):
+        super().__init__()
+        self.left, self.act = batches, act
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if self.left == 0:
+            self.act(self.model)
+
+
+def die(model):
+    raise InterruptedError
+
+
+@pytest.fixture
+def unbroken(fits, tmp_path):
+    """The weights after every update of a run that was never stopped, in a fit that another callback watched."""
+    watch = fits.Watch()
+    fits.fit(fits.network(SHORT), watch)
+    return {step: watch.weights[step] for step in SHORT.snapshot_steps}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["schedule", "plain"])
+def test_members_and_rates_are_the_same_on_every_backend(seen, backend, mode):
+    """The rates differ by the backend in Keras' CosineDecayRestarts."""
+    found = seen[backend][mode]
+    assert seen[backend]["backend"] == backend
+    assert found["steps"] == [8, 16, 24]
+    assert found["same"]  # as a plain callback sees them
+    assert found["rates"] == pytest.approx([formula(step) for step in range(24)], abs=4e-7 * 0.02, rel=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_killed_run_goes_on_at_its_own_point_to_the_last_bit(seen, backend):
+    assert seen[backend]["own"] == {"batches": 12, "same": True}  # killed at 20, gone on after 12 of 24
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_killed_run_goes_on_where_backup_and_restore_does(seen, backend):
+    """Killed at 17, with a backup after 12: the member of 16 is taken again."""
+    assert seen[backend]["beside"] == {"batches": 12, "same": True}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_model_is_looked_at_at_boundaries_alone(seen, backend):
+    """Before training, and then once for each of three members."""
+    assert seen[backend]["looks"] == [2, 2 + 3]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_batches_to_an_execution_move_no_snapshot(seen, backend):
+    assert seen[backend]["at once"] == [8, 16, 24]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_lone_callback_works_or_is_refused_where_keras_would_call_it_in_another_thread(seen, backend):
+    expected = [8, 16, 24] if backend == "tensorflow" else "Keras calls a lone callback in another thread"
+    assert seen[backend]["alone"][: len(expected)] == expected
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulated_gradients_are_one_update(fits, tmp_path, accumulation):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(1, use_bias=False)])
+    rate = SnapshotSchedule(SHORT, gradient_accumulation_steps=accumulation)
+    model.compile(fits.Shown(rate, gradient_accumulation_steps=accumulation), "mse")
+    callback, watch = fits.Counted(tmp_path / "run", SHORT), fits.Watch()
+    fits.fit(model, callback, watch, epochs=99)  # 6 batches: with 4 to an update, some span epochs
+    assert steps(tmp_path / "run") == [8, 16, 24]
+    assert len(watch.weights) == 24 * accumulation
+    expected = [formula(step) for step in range(24)]
+    rates = [float(watch.weights[(step + 1) * accumulation][0].max()) for step in range(24)]
+    assert rates == pytest.approx(expected, abs=4e-7 * 0.02, rel=0)
+    assert callback.looks == 2 + 3
+
+
+def test_an_execution_may_hold_several_updates_of_several_batches(fits, tmp_path):
+    model = fits.network(SHORT, 0.1, steps_per_execution=8)
+    model.optimizer.gradient_accumulation_steps = 2
+    watch = fits.Watch()
+    fits.fit(model, SnapshotCallback(tmp_path / "run", SHORT), watch, batch_size=3, epochs=99)  # 8 batches: 4 updates
+    assert steps(tmp_path / "run") == [8, 16, 24]
+    assert len(watch.weights) == 6
+    assert all(
+        np.array_equal(*pair)
+        for index, after in enumerate((2, 4, 6), 1)
+        for pair in zip(SnapshotStore(tmp_path / "run").load(index).values(), watch.weights[after], strict=True)
+    )
+
+
+def test_an_epochs_last_execution_may_be_shorter_if_no_snapshot_is_due_in_one(fits, tmp_path):
+    fits.fit(fits.network(SHORT, steps_per_execution=4), SnapshotCallback(tmp_path / "run", SHORT), batch_size=3)
+    assert steps(tmp_path / "run") == [8, 16, 24]
+    with pytest.raises(ProtocolError, match=r"due 8 batches from here.*an epoch has 6.*steps_per_execution=2"):
+        fits.fit(fits.network(SHORT, steps_per_execution=4), SnapshotCallback(tmp_path / "other", SHORT))
+    fits.fit(fits.network(SHORT, steps_per_execution=2), SnapshotCallback(tmp_path / "other", SHORT))
+    assert steps(tmp_path / "other") == [8, 16, 24]
+
+
+def test_cycles_that_executions_do_not_divide_are_refused_with_the_nearest_that_works(fits, tmp_path):
+    with pytest.raises(ScheduleError, match=r"cycle of 8 updates.*executions of 5.*has 10 updates, that is steps=30"):
+        fits.fit(fits.network(SHORT, steps_per_execution=5), SnapshotCallback(tmp_path / "run", SHORT))
+    assert not (tmp_path / "run").exists()
+
+
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 12), st.integers(1, 4))
+def test_the_nearest_cycles_named_are_the_nearest_there_are(length, cycles, per_execution, accumulation):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CycleWarning)
+        schedule = CosineCycles(0.1, cycles * length, cycles)
+    fits = [each for each in range(1, 99) if each * accumulation % per_execution == 0]
+    if length in fits:
+        check_cycles(schedule, per_execution, accumulation)
+        return
+    with pytest.raises(ScheduleError) as refusal:
+        check_cycles(schedule, per_execution, accumulation)
+    nearest = min(abs(each - length) for each in fits)
+    named = " or ".join(str(each) for each in fits if abs(each - length) == nearest)
+    assert f"the nearest that is has {named} updates" in str(refusal.value)
+    other = int(str(refusal.value).rsplit("steps_per_execution=", 1)[1])
+    assert per_execution % other == length * accumulation % other == 0
+    assume(other > 1)
+
+
+def test_a_warm_up_that_executions_do_not_divide_is_refused_too():
+    with pytest.raises(ScheduleError, match=r"has 8 or 12 updates, that is warmup_steps=8 and steps=48 or 68"):
+        check_cycles(CosineCycles(0.1, 60, 5, warmup_steps=10), 4, 1)
+
+
+def test_epochs_that_fit_begins_late_or_asks_for_in_vain_change_nothing(fits, tmp_path, unbroken):
+    watch = fits.Watch()
+    history = fits.fit(
+        fits.network(SHORT), SnapshotCallback(tmp_path / "run", SHORT), watch, initial_epoch=3, epochs=50
+    )
+    assert history.epoch == [3, 4, 5, 6]  # the program has ended
+    assert len(watch.weights) == 24
+    assert fits.same(fits.members(tmp_path / "run"), unbroken)
+
+
+def test_validation_is_not_counted(fits, tmp_path, unbroken):
+    model, data = fits.network(SHORT), (fits.X, fits.Y)
+    fits.fit(model, SnapshotCallback(tmp_path / "run", SHORT), validation_data=data, validation_batch_size=1)
+    assert fits.same(fits.members(tmp_path / "run"), unbroken)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_several_fits_are_one_run(fits, tmp_path, unbroken, anew):
+    model, callback = fits.network(SHORT), SnapshotCallback(tmp_path / "run", SHORT, resume=False)
+    for _ in range(4):
+        fits.fit(model, callback, epochs=1)
+        if anew:
+            callback = SnapshotCallback(tmp_path / "run", SHORT)
+    assert fits.same(fits.members(tmp_path / "run"), unbroken)
+    with pytest.raises(StoreError, match="finished"):
+        fits.fit(model, callback, epochs=1)
+    assert not (tmp_path / "run.1").exists()
+
+
+def test_a_finished_run_is_refused_or_moved_aside(fits, tmp_path, unbroken):
+    fits.fit(fits.network(SHORT), SnapshotCallback(tmp_path / "run", SHORT))
+    with pytest.raises(StoreError, match="finished"):
+        fits.fit(fits.network(SHORT), SnapshotCallback(tmp_path / "run", SHORT))
+    fits.fit(fits.network(SHORT), SnapshotCallback(tmp_path / "run", SHORT, resume=False))
+    assert fits.same(fits.members(tmp_path / "run"), unbroken)
+    assert steps(tmp_path / "run.1") == [8, 16, 24]
+
+
+def test_a_plain_rate_is_replaced_also_where_a_fit_before_has_compiled_it(fits, tmp_path):
+    model, watch = shown(fits, 0.7), fits.Watch()
+    fits.fit(model, epochs=1)
+    assert model.get_weights()[0].max() == pytest.approx(0.7)
+    fits.fit(model, SnapshotCallback(tmp_path / "run", SHORT), watch)
+    rates = [float(watch.weights[step][0].max()) for step in range(1, 25)]
+    assert rates == pytest.approx([formula(step) for step in range(24)], abs=4e-7 * 0.02, rel=0)
+    assert steps(tmp_path / "run") == [8, 16, 24]
+
+
+def test_updates_that_a_scaled_loss_skips_are_not_counted(fits, tmp_path):
+    model, watch, rows = keras.Sequential([keras.Input((4,)), layers.Dense(1)]), fits.Watch(), fits.X.copy()
+    rows[:4] = np.inf  # the first of 6 batches, in each epoch
+    model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=4.0), "mse")
+    model.fit(
+        rows,
+        fits.Y,
+        batch_size=4,
+        epochs=9,
+        shuffle=False,
+        verbose=0,
+        callbacks=[SnapshotCallback(tmp_path / "run", SHORT), watch],
+    )
+    assert steps(tmp_path / "run") == [8, 16, 24]
+    assert len(watch.weights) == 29  # 24 updates, and a batch skipped in each of 5 epochs
+    expected = {8: watch.weights[10], 16: watch.weights[20], 24: watch.weights[29]}
+    assert fits.same(fits.members(tmp_path / "run"), expected)
+
+
+class Twice(keras.Model):
+    """Does two updates for every batch."""
+
+    def train_step(self, data):
+        super().train_step(data)
+        return super().train_step(data)
+
+
+def test_a_train_step_of_ones_own_may_do_several_updates(fits, tmp_path):
+    inputs = keras.Input((4,))
+    model = Twice(inputs, layers.Dense(1)(inputs))
+    model.compile(keras.optimizers.SGD(SnapshotSchedule(SHORT)), "mse")
+    watch = fits.Watch()
+    fits.fit(model, SnapshotCallback(tmp_path / "run", SHORT), watch)
+    assert len(watch.weights) == 12
+    expected = {2 * batch: watch.weights[batch] for batch in (4, 8, 12)}
+    assert fits.same(fits.members(tmp_path / "run"), expected)
+
+
+@pytest.mark.parametrize("other", [SHORT, CosineCycles(0.02, 48, 3)])
+def test_another_schedule_is_refused(fits, tmp_path, other):
+    rate = keras.optimizers.schedules.ExponentialDecay(0.1, 8, 0.5) if other is SHORT else SnapshotSchedule(other)
+    with pytest.raises(ScheduleError, match="build"):
+        fits.fit(fits.network(SHORT, rate), SnapshotCallback(tmp_path / "run", SHORT))
+    assert not (tmp_path / "run").exists()
+
+
+def test_updates_that_the_run_has_not_seen_are_refused_unless_the_schedule_begins_after_them(fits, tmp_path):
+    model = fits.network(SHORT)
+    fits.fit(model, epochs=1)
+    with pytest.raises(ProtocolError, match=r"counted 6 updates.*begin=6"):
+        fits.fit(model, SnapshotCallback(tmp_path / "run", SHORT))
+    model.compile(keras.optimizers.SGD(SnapshotSchedule(SHORT, begin=6)), "mse")
+    model.optimizer.build(model.trainable_variables)
+    model.optimizer.iterations.assign(6)
+    fits.fit(model, SnapshotCallback(tmp_path / "run", SHORT))
+    assert steps(tmp_path / "run") == [8, 16, 24]
+
+
+def test_a_model_that_is_not_built_is_refused(fits, tmp_path):
+    model = keras.Sequential([layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    with pytest.raises(DataError, match="build it first"):
+        fits.fit(model, SnapshotCallback(tmp_path / "run", SHORT))
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_fit_that_died_leaves_the_directory_to_the_next(fits, tmp_path, unbroken, anew):
+    model = fits.network(SHORT)
+    callback = left = SnapshotCallback(tmp_path / "run", SHORT)
+    with pytest.raises(InterruptedError):
+        fits.fit(model, callback, At(12, die))
+    if anew:
+        callback = SnapshotCallback(tmp_path / "run", SHORT)
+    fits.fit(model, callback, initial_epoch=2)  # goes on with the model as it is
+    assert fits.same(fits.members(tmp_path / "run"), unbroken)
+    left.close()
+
+
+def test_close_releases_the_directory(fits, tmp_path):
+    callback = SnapshotCallback(tmp_path / "run", SHORT)
+    with pytest.raises(InterruptedError):
+        fits.fit(fits.network(SHORT), callback, At(12, die))
+    with pytest.raises(StoreError, match="being written"):
+        SnapshotStore(tmp_path / "run", "w")
+    callback.close()
+    SnapshotStore(tmp_path / "run", "w").close()
+    assert read_point(tmp_path / "run").state["place"]["step"] == 12
+
+
+def test_a_sigterm_leaves_a_resume_point(fits, tmp_path, unbroken):
+    with pytest.raises(SystemExit) as left:
+        fits.fit(
+            fits.network(SHORT),
+            At(12, lambda model: os.kill(os.getpid(), signal.SIGTERM)),
+            SnapshotCallback(tmp_path / "run", SHORT),
+        )
+    assert left.value.code == 143
+    assert read_point(tmp_path / "run").state["place"]["step"] == 12
+    watch = fits.Watch()
+    fits.fit(fits.network(SHORT), SnapshotCallback(tmp_path / "run", SHORT), watch)
+    assert len(watch.weights) == 12
+    assert fits.same(fits.members(tmp_path / "run"), unbroken)
+
+
+def test_points_are_kept_in_between_if_asked(fits, tmp_path):
+    points = []
+    callback = SnapshotCallback(tmp_path / "run", SHORT, resume_every=5)
+
+    def look(model):
+        callback._following.recorder.place()  # waits for the file
+        points.append(read_point(tmp_path / "run").state["place"]["step"])
+
+    fits.fit(fits.network(SHORT), callback, *(At(batch, look) for batch in (5, 7, 10, 15, 16)))
+    assert points == [5, 5, 10, 15, 16]
+
+
+def test_a_loaded_model_goes_on_where_it_was_saved(fits, tmp_path, unbroken):
+    callback = SnapshotCallback(tmp_path / "run", SHORT)
+    with pytest.raises(InterruptedError):
+        fits.fit(
+            fits.network(SHORT),
+            callback,
+            At(12, lambda model: model.save(tmp_path / "model.keras")),
+            At(17, die),
+        )
+    callback.close()
+    assert steps(tmp_path / "run") == [8, 16]
+    watch = fits.Watch()
+    model = keras.models.load_model(tmp_path / "model.keras")
+    fits.fit(model, SnapshotCallback(tmp_path / "run", SHORT), watch, initial_epoch=2)
+    assert len(watch.weights) == 12
+    assert [*fits.members(tmp_path / "run")] == [8, 16, 24]
+    assert fits.same({8: fits.members(tmp_path / "run")[8]}, {8: unbroken[8]})
+
+
+def test_a_last_member_that_was_not_written_is_taken_from_the_backup(fits, tmp_path):
+    class DieAtTheEnd(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 3:
+                raise InterruptedError
+
+    def callbacks():
+        return SnapshotCallback(tmp_path / "run", SHORT), fits.backup(tmp_path), watch
+
+    watch = fits.Watch()
+    with pytest.raises(InterruptedError):
+        fits.fit(fits.network(SHORT), *(first := callbacks()), DieAtTheEnd())
+    first[0].close()
+    with SnapshotStore(tmp_path / "run", "w") as store:
+        store.keep(2)
+    fits.fit(fits.network(SHORT), *callbacks())
+    assert len(watch.weights) == 24
+    assert fits.same(fits.members(tmp_path / "run"), {step: watch.weights[step] for step in (8, 16, 24)})
+    assert SnapshotStore(tmp_path / "run").stopped == "finished"
+
+
+def test_a_backup_does_not_go_on_with_another_program(fits, tmp_path):
+    with pytest.raises(InterruptedError):
+        fits.fit(fits.network(SHORT), SnapshotCallback(tmp_path / "run", SHORT), fits.backup(tmp_path), At(17, die))
+    other = CosineCycles(0.02, 24, 4)
+    with pytest.raises(StoreError, match="another program"):
+        fits.fit(fits.network(other), SnapshotCallback(tmp_path / "run", other), fits.backup(tmp_path))
+    assert read_point(tmp_path / "run") is not None
+
+
+def fresh(member):
+    return keras.Sequential(
+        [keras.Input((4,)), layers.Dense(1, kernel_initializer=keras.initializers.Constant(member))]
+    )
+
+
+@pytest.mark.parametrize(("method", "begins_with"), [("singlecycle", 2.0), ("star", None)])
+def test_programs_that_restart_go_on_from_other_weights(fits, tmp_path, method, begins_with):
+    plan = program(method, lr=0.02, steps=24, cycles=3)
+    model, watch = fresh(1), fits.Watch()
+    model.compile(keras.optimizers.SGD(SnapshotSchedule(plan.schedule), momentum=0.9), "mse")
+    fits.fit(model, watch, SnapshotCallback(tmp_path / "run", plan, init=fresh))
+    found = fits.members(tmp_path / "run")
+    assert fits.same(found, {step: watch.weights[step] for step in (8, 16, 24)})
+    # The 9th update, by hand: plain descent, since the momentum was reset.
+    kernel = found[8][0] if begins_with is None else np.full((4, 1), begins_with, "float32")
+    bias = found[8][1] if begins_with is None else np.zeros(1, "float32")
+    x, y = fits.X[8:12], fits.Y[8:12]  # the third batch of an epoch
+    slope = 2 * (x @ kernel + bias - y) / len(x)
+    np.testing.assert_allclose(watch.weights[9][0], kernel - 0.02 * x.T @ slope, rtol=1e-5)
+    np.testing.assert_allclose(watch.weights[9][1], bias - 0.02 * slope.sum(0), rtol=1e-5)
+
+
+def test_a_program_that_needs_fresh_weights_is_refused_without_them(tmp_path):
+    with pytest.raises(ProtocolError, match="init="):
+        SnapshotCallback(tmp_path / "run", program("singlecycle", lr=0.02, steps=24, cycles=3))
+
+
+def test_a_member_that_is_not_finite_ends_training(fits, tmp_path):
+    def spoil(model):
+        model.set_weights([np.full(np.shape(each), np.nan) for each in model.get_weights()])
+
+    with pytest.raises(DivergedError, match="member 1 at update 8"):
+        fits.fit(fits.network(SHORT), SnapshotCallback(tmp_path / "run", SHORT), At(7, spoil))
