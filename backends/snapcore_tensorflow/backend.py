@@ -1,0 +1,167 @@
+"""The backend verbs for TensorFlow: how a managed run drives the native loop, on one device or on several."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from snapcore import DataError, Program
+from snapcore.backend import Data, Pending, Report
+from snapcore_keras.backend import KerasBackend, KerasState, Optimizer, Precision, built
+from snapcore_keras.optimizers import Sgd, Velocity
+from snapcore_keras.schedule import has_plain_rate, innermost
+from snapcore_tensorflow.models import Factory
+from snapcore_tensorflow.training import Loop
+
+Tensors = Mapping[str, NDArray[Any]]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TensorFlowState(KerasState):
+    """What a managed run goes on with."""
+
+    strategy: Any
+    loop: Loop
+
+
+class TensorFlowBackend(KerasBackend):
+    """Train natively in TensorFlow, with a model of Keras: whole chunks of updates in one compiled call.
+
+    TensorFlow takes all memory of every GPU unless told otherwise before it is first used; making a backend tells it
+    to take what it needs. Where it has been used before, its memory stays as the program has set it.
+    """
+
+    name = "tensorflow"
+
+    def __init__(self) -> None:
+        _let_memory_grow()
+
+    def about(self) -> str:
+        """Return TensorFlow's version and the device it would use."""
+        return f"tensorflow {tf.__version__} on {_device()}"
+
+    def init(
+        self,
+        model: str | Factory,
+        data: Data,
+        program: Program,
+        *,
+        seed: int,
+        member: int = 1,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        velocity: Velocity = "gradients",
+        precision: Precision = "float32",
+        optimizer: Optimizer | None = None,
+        xla: bool = False,
+        strategy: Any = None,
+    ) -> TensorFlowState:
+        """Return the state before the first update.
+
+        Arguments:
+            model: `"mlp"`, `"cnn"`, or a function of (input_shape, n_classes) that gives a built Keras model.
+            data: examples, labels and their order; put on the device.
+            program: gives the rates.
+            seed: of the weights, together with `member`.
+            member: whose fresh weights to make, from 1.
+            momentum: of SGD, in Nesterov's form.
+            weight_decay: of SGD, within the gradient.
+            velocity: which of two rules momentum follows, see `snapcore_keras.optimizers.Sgd`; by default that of
+                PyTorch, optax and the paper.
+            precision: what to compute in; weights stay float32.
+            optimizer: makes another optimizer at a learning rate, a number, such as `keras.optimizers.AdamW`.
+            xla: whether XLA compiles the updates; XLA's own convolutions are slow on a CPU.
+            strategy: the devices to train on together, a `tf.distribute.MirroredStrategy` or
+                `MultiWorkerMirroredStrategy`: each has all of the weights, and an equal part of every batch. Batch
+                statistics are those of each part, unless a layer synchronizes them, and a member has the first
+                device's. By default one device.
+
+        Raises:
+            DataError: no such model or precision, a batch that cannot be split equally, XLA on several devices, or an
+                optimizer with a schedule of its own, or that accumulates gradients.
+        """
+        _check_sharing(strategy, data, xla)
+        strategy = strategy or tf.distribute.get_strategy()
+        with strategy.scope():
+            module = built(model, data, seed, member, precision)
+            rate = float(program.schedule(0))
+            chosen = optimizer(rate) if optimizer else Sgd(rate, momentum=momentum, l2=weight_decay, velocity=velocity)
+            _check_optimizer(chosen)
+            chosen.build(module.trainable_variables)
+        loop = Loop(module, chosen, data, program.schedule, strategy=strategy, xla=xla)
+        return TensorFlowState(module, chosen, data, seed, strategy=strategy, loop=loop)
+
+    def train(  # type: ignore[override]  # of the states that it makes
+        self, state: TensorFlowState, start: int, stop: int, *, report: Report
+    ) -> TensorFlowState:
+        """Do updates `start … stop − 1`, whatever the optimizer has counted."""
+        innermost(state.optimizer).iterations.assign(start)
+        state.loop.run(start, stop, report)
+        return state
+
+    def restore(  # type: ignore[override]
+        self, state: TensorFlowState, tensors: Tensors | None, *, optimizer: Literal["keep", "reset"]
+    ) -> TensorFlowState:
+        """Go on from `tensors`, the optimizer's moments kept or reset."""
+        with state.strategy.scope():
+            super().restore(state, tensors, optimizer=optimizer)
+        return state
+
+    def load(  # type: ignore[override]
+        self, state: TensorFlowState, tensors: Pending | Tensors, values: dict[str, Any]
+    ) -> TensorFlowState:
+        """Go on from what `dump` returned."""
+        with state.strategy.scope():
+            super().load(state, tensors, values)
+        return state
+
+
+def _check_sharing(strategy: Any, data: Data, xla: bool) -> None:
+    if strategy is None:
+        return
+    batch, ways = data.indices(0, 1).shape[1], strategy.num_replicas_in_sync
+    if batch % ways:
+        raise DataError(
+            f"a batch of {batch} cannot be split over {ways} devices: choose a batch size that {ways} divides, such as "
+            f"{math.ceil(batch / ways) * ways}"
+        )
+    if xla:
+        raise DataError("XLA compiles for one device here: pass xla=True or strategy=, not both")
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not has_plain_rate(optimizer):
+        raise DataError("the optimizer must be made with the rate it is given, a number; it has a schedule of its own")
+    if innermost(optimizer).gradient_accumulation_steps:
+        raise DataError("the optimizer must do an update with every batch: make it without gradient_accumulation_steps")
+
+
+def _let_memory_grow() -> None:
+    for gpu in tf.config.list_physical_devices("GPU"):
+        if tf.config.get_logical_device_configuration(gpu) is not None:
+            continue  # its memory is limited already
+        try:
+            tf.config.experimental.set_memory_growth(gpu, True)
+        except RuntimeError:
+            log.warning(
+                "TensorFlow was in use before, and its memory on %s stays as it was set: all of it, unless "
+                "tf.config.experimental.set_memory_growth was called",
+                gpu.name,
+            )
+
+
+def _device() -> str:
+    gpus = tf.config.list_physical_devices("GPU")
+    return tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU") if gpus else "cpu"
+
+
+if TYPE_CHECKING:
+    from snapcore.backend import Backend
+
+    _checked: Backend[TensorFlowState] = TensorFlowBackend()

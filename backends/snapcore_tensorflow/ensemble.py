@@ -1,0 +1,79 @@
+"""Several members, one compiled function: the mean of their probabilities."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import tensorflow as tf
+
+from snapcore import DataError
+from snapcore_keras.ensemble import SnapshotEnsemble as _KerasEnsemble
+from snapcore_keras.strategies import Forward, Loop, Strategy, Weights
+
+
+class _Graph:
+    """The loop over the members as one graph.
+
+    Arguments:
+        forward: runs one member.
+        members: the weights of each.
+        xla: whether XLA compiles it.
+    """
+
+    def __init__(self, forward: Forward, members: Sequence[Weights], *, xla: bool) -> None:
+        loop = Loop(forward, members)
+        self._name, self._xla = forward.model.name, xla
+        self._mean = tf.function(loop.mean, jit_compile=xla)
+        self._each = tf.function(loop.each, jit_compile=xla)
+
+    def mean(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the members' mean probabilities."""
+        return self._called(self._mean, args, kwargs)
+
+    def each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return each member's probabilities, the member axis first."""
+        return self._called(self._each, args, kwargs)
+
+    def _called(self, graph: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._xla:
+            return graph(args, kwargs)
+        try:
+            return graph(args, kwargs)
+        except tf.errors.OpError as error:
+            raise DataError(f"{self._name} cannot be run by XLA: {error.message}; use strategy='loop'") from error
+
+
+class SnapshotEnsemble(_KerasEnsemble):
+    """Average the members' probabilities: h(x) = 1/m · Σ softmax of each of the last m members.
+
+    As `snapcore_keras.SnapshotEnsemble`, of members that TensorFlow's own loop has written, and compiled by
+    `tf.function`: once for every shape of batch.
+
+    Arguments:
+        members: each member's weights, arrays in the order of `model.weights`, as `model.get_weights()` gives them.
+        model: built, of any kind: functional, sequential or a subclass.
+        activation: from outputs to probabilities: `"softmax"` over the last axis, `"sigmoid"`, `"identity"` or a
+            callable. `"auto"` reads `from_logits` of the compiled loss, without one looks at the last layer, and takes
+            softmax if neither tells.
+        output: picks the tensor when the model returns something else, such as `lambda outputs: outputs[0]`.
+        strategy: `"loop"`, one member after the other in one graph; or `"xla"`, the same compiled by XLA.
+
+    Raises:
+        StoreError: there are no members.
+        DataError: a member does not fit the model, or an argument is unknown.
+
+    Example:
+        >>> import keras, numpy as np
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        >>> members = [[np.zeros((4, 3)), np.zeros(3)], [np.ones((4, 3)), np.zeros(3)]]
+        >>> tuple(SnapshotEnsemble(members, model)(np.ones((5, 4))).shape)
+        (5, 3)
+
+    Source: Huang et al., Snapshot Ensembles: Train 1, Get M for Free, ICLR 2017, section 3.
+    """
+
+    _framework: ClassVar[str] = "tensorflow"
+    _strategies: ClassVar[Mapping[str, Callable[[Forward, Sequence[Weights]], Strategy]]] = {
+        "loop": partial(_Graph, xla=False),
+        "xla": partial(_Graph, xla=True),
+    }

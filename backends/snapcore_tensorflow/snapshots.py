@@ -1,0 +1,237 @@
+"""A run for a training loop of your own: it counts, sets the rate, takes the snapshots, and goes on after a kill."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import keras
+import tensorflow as tf
+
+from snapcore import Program, ProtocolError, Schedule
+from snapcore.protocol import as_program
+from snapcore_keras.following import Following, FreshWeights
+from snapcore_keras.schedule import SnapshotSchedule, check_rate, innermost
+from snapcore_tensorflow.distributed import current_group
+
+Batch = TypeVar("Batch")
+
+
+class SnapshotRun:
+    """Take snapshots from a training loop of your own, and go on after a kill.
+
+    An update is what the optimizer counts, `optimizer.iterations`: with `gradient_accumulation_steps` the micro-batches
+    before it do not count, nor does what a `LossScaleOptimizer` skips. That count is read only when the end of a cycle
+    may be reached, so that no update waits for it. At the end of a cycle `step` copies the weights on their own
+    device, and the file is written behind the loop. Opening the directory of an unfinished run again restores weights,
+    optimizer, rate, and the states of random layers; with `batches`, the order of the data too.
+
+    An optimizer built with the matching `SnapshotSchedule` is left alone, and one call of `step` may follow several
+    updates of a `tf.function`. One with a plain rate gets that of the next update at every `step`, computed on the
+    device from its own count; a function that is traced already sees it.
+
+    Under `tf.distribute`, make the model and the optimizer in the strategy's scope. Where it spans several workers,
+    each makes a run for the same directory and calls `step` at the same updates; worker 0 writes.
+
+    Arguments:
+        directory: the run's own; created. For several workers, one that all of them see.
+        cycles_or_program: a schedule, or a program from `snapcore.program`.
+        model: a built Keras model, whose weights are copied: parameters and batch statistics.
+        optimizer: the one Keras optimizer that trains it.
+        resume: go on with an unfinished run that is there; False moves any run aside.
+        resume_every: updates between two resume points, beside those at every cycle's end.
+        init: for programs with `fresh` restarts: gives a model, made in the strategy's scope, for a member number; or
+            arrays by the names of a member, the same in every worker.
+
+    Raises:
+        StoreError: the directory holds a finished run or another program's, is being written, or cannot be written.
+        ProtocolError: the program restarts from fresh weights and `init` is missing; something else than a Keras model
+            and one Keras optimizer; or the optimizer's schedule is not where the run is.
+        ScheduleError: the optimizer has another schedule.
+        DataError: the model has no weights yet, or what was saved does not fit it.
+
+    Example:
+        >>> import tempfile, keras, tensorflow as tf
+        >>> from snapcore import CosineCycles
+        >>> from snapcore_keras import SnapshotSchedule
+        >>> cycles = CosineCycles(lr=0.1, steps=64, cycles=4)
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+        >>> optimizer = keras.optimizers.SGD(SnapshotSchedule(cycles), momentum=0.9)
+        >>> optimizer.build(model.trainable_variables)
+        >>> @tf.function
+        ... def update(x):
+        ...     with tf.GradientTape() as tape:
+        ...         loss = tf.reduce_mean(tf.square(model(x)))
+        ...     optimizer.apply(tape.gradient(loss, model.trainable_variables))
+        >>> with tempfile.TemporaryDirectory() as folder, SnapshotRun(folder, cycles, model, optimizer) as run:
+        ...     for x in run.batches([tf.ones((8, 4))]):
+        ...         update(x)
+        ...         run.step()
+        >>> run.updates, run.finished
+        (64, True)
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        cycles_or_program: Schedule | Program,
+        model: Any,
+        optimizer: Any,
+        *,
+        resume: bool = True,
+        resume_every: int | None = None,
+        init: FreshWeights | None = None,
+    ) -> None:
+        _check_kinds(model, optimizer)
+        self._strategy = getattr(model, "distribute_strategy", None) or tf.distribute.get_strategy()
+        with self._strategy.scope():
+            self._following = Following(
+                directory,
+                cycles_or_program,
+                model,
+                optimizer,
+                framework="tensorflow",
+                resume=resume,
+                resume_every=resume_every,
+                init=init,
+                group=current_group(self._strategy),
+            )
+        self._recorder, self._cursor = self._following.recorder, self._following.cursor
+        self._resumed, self._closed = self._cursor.step > 0, False
+        self._set_rate = _rate_setter(optimizer, as_program(cycles_or_program).schedule, self._following.before)
+        if self._set_rate is not None:
+            self._set_rate()
+
+    @property
+    def updates(self) -> int:
+        """Updates done, as the optimizer counts them; asking waits for the last one."""
+        return self._following.updates()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the program has stopped."""
+        return self._cursor.finished
+
+    @property
+    def lr(self) -> float:
+        """The schedule's rate for the next update; asking waits for the last one."""
+        return self._cursor.schedule(self.updates)
+
+    def step(self) -> None:
+        """Record the updates done since the last call, take what is due, set the next rate if it is a plain one.
+
+        Raises:
+            ProtocolError: an update came after the program had stopped; several came at once, at a plain rate; or it is
+                called within a `tf.function`.
+            StoreError, DivergedError: an earlier member could not be written or was refused.
+            SystemExit: with code 143, after a SIGTERM and its resume point.
+        """
+        if not tf.executing_eagerly():
+            raise ProtocolError("run.step() is called between updates, by Python: call it outside the tf.function")
+        self._recorder.epochs.settle()  # an accumulated or skipped micro-batch is used, too
+        if self._following.called():
+            self._look()
+        else:
+            self._recorder.record(0)  # raises what the writer has met
+        if self._set_rate is not None:
+            self._set_rate()
+
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the loader's batches, epoch after epoch, until the program stops; after a resume, go on where it was.
+
+        The order is exact if it depends on the random states of NumPy or Python, on a sampler's `set_epoch`, or on
+        nothing. A `tf.data.Dataset` must have been made anew, as in a new process; `shuffle` with a seed is exact then.
+        """
+        if self._resumed and isinstance(loader, tf.data.Dataset):
+            for _ in range(self._recorder.epochs.state_dict()["epoch"]):
+                iter(loader)  # draws the seed of an epoch that has passed
+        self._resumed = False
+        return self._recorder.batches(_Epoch(loader, self._catch_up))
+
+    def finish(self, reason: str) -> None:
+        """End early, with an unfinished member if an update was done since the last one."""
+        self._settle()
+        self._recorder.finish(reason)
+
+    def close(self) -> None:
+        """Wait for the writer and raise its error, if it has one; a run left early may be opened again."""
+        if self._closed:
+            return
+        self._closed, exact = True, False
+        try:
+            self._settle()
+            exact = True
+        finally:
+            self._recorder.close(exact=exact)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+            return
+        if not self.finished:  # for the message alone: nothing is written any more
+            self._cursor.advance(min(self._following.calls.most, self._cursor.until_next - 1))
+        self._recorder.__exit__(kind, error, trace)
+
+    def _look(self, *, unseen: int = 0) -> None:
+        if self._set_rate is not None:
+            self._refuse_several(unseen)
+        with self._strategy.scope():
+            self._following.look()
+
+    def _refuse_several(self, unseen: int) -> None:
+        new, calls = self.updates - self._cursor.step, self._following.calls.waiting
+        if new > calls + unseen:
+            raise ProtocolError(
+                f"{new} updates were done in {calls} calls of run.step(), all at the rate set before them: call it "
+                "after every update, or build the optimizer with SnapshotSchedule(cycles) in place of a plain rate"
+            )
+
+    def _catch_up(self) -> None:
+        if self._following.calls.waiting and not self.finished:
+            self._look(unseen=1)
+
+    def _settle(self) -> None:
+        """Move to where the loop is, for the last time."""
+        if self.finished:
+            return
+        before, most, place = self._cursor.step, self._following.calls.most, self._recorder.epochs.state_dict()
+        self._look(unseen=1)  # the last update may have no call after it
+        if self._cursor.step - before <= most:  # it has: a batch taken since is given again
+            self._recorder.epochs.load_state_dict(place)
+
+
+class _Epoch:
+    """A loader that brings the run up to date when it has been walked through."""
+
+    def __init__(self, loader: Iterable[Any], catch_up: Callable[[], None]) -> None:
+        self._loader, self._catch_up = loader, catch_up
+        self.sampler = getattr(loader, "sampler", None)
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._loader
+        self._catch_up()
+
+
+def _check_kinds(model: Any, optimizer: Any) -> None:
+    for value, kind, name in ((model, keras.Layer, "model"), (optimizer, keras.optimizers.Optimizer, "optimizer")):
+        if not isinstance(value, kind):
+            raise ProtocolError(f"one Keras {name} is followed, got {type(value).__name__}")
+
+
+def _rate_setter(optimizer: Any, cycles: Schedule, before: int) -> Callable[[], None] | None:
+    """Return what sets a plain rate to that of the next update; None for an optimizer with a schedule."""
+    if check_rate(optimizer, cycles) is not None:
+        return None
+    inner, rate = innermost(optimizer), SnapshotSchedule(cycles, begin=before)
+
+    def set_rate() -> None:
+        inner.learning_rate.assign(rate(inner.iterations))
+
+    # From the optimizer's own count, on the device: right after a skipped update too, and nothing waits for it.
+    function: Callable[[], None] = tf.function(set_rate)
+    return function

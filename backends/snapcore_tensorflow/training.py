@@ -1,0 +1,113 @@
+"""The native loop: a chunk of updates in one call of one `tf.function`, over data that lies on the device.
+
+Every call has the same shapes: a chunk that the end cuts short is filled up, and told how many updates to do. So
+nothing is traced anew for cycles of another length, XLA has its constant shapes, and wherever a run was interrupted,
+it goes on to the same bits. Rates come from the schedule itself, and are given to the optimizer update by update.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from snapcore import Schedule
+from snapcore.backend import Data, Report
+
+CHUNK = 200
+"""Updates in one compiled call, at most, and between two reports: of small models, what is between calls shows."""
+
+
+class Loop:
+    """A model's updates and their batches, at a schedule's rates.
+
+    Arguments:
+        model: built under the strategy's scope.
+        optimizer: built, likewise; its learning rate is a plain one.
+        data: examples, labels and their order; put on every device of the strategy's.
+        schedule: the rate of every update.
+        strategy: the devices that share every batch equally; `tf.distribute.get_strategy()` for the one there is.
+        xla: whether XLA compiles the calls.
+    """
+
+    def __init__(
+        self, model: Any, optimizer: Any, data: Data, schedule: Schedule, *, strategy: Any, xla: bool = False
+    ) -> None:
+        self._model, self._optimizer, self._strategy = model, optimizer, strategy
+        self._data, self._schedule = data, schedule
+        self._replicas = strategy.num_replicas_in_sync
+        x, y = np.asarray(data.x), np.asarray(data.y, np.int64)
+        self._examples = strategy.experimental_distribute_values_from_function(lambda _: tf.constant(x))
+        self._labels = strategy.experimental_distribute_values_from_function(lambda _: tf.constant(y))
+        self._xla = xla
+
+    def run(self, start: int, stop: int, report: Report) -> None:
+        """Do updates `start … stop − 1`; report every loss, a chunk at a time.
+
+        Arguments:
+            start: updates done before.
+            stop: updates done after.
+            report: called with the updates done and the loss, once the chunk after is under way.
+        """
+        waiting: tuple[int, int, Any] | None = None
+        for begin in range(start, stop, CHUNK):
+            end = min(begin + CHUNK, stop)
+            losses = self._compiled(*self._numbers(begin, end))
+            _report(waiting, report)
+            waiting = begin, end, losses
+        _report(waiting, report)
+
+    def _numbers(self, start: int, stop: int) -> tuple[Any, Any, Any]:
+        rates = np.array([self._schedule(step) for step in range(start, stop)], np.float32)
+        rows = self._data.indices(start, stop).astype(np.int64)
+        # What fills them up is not looked at.
+        filled = np.resize(rows, (CHUNK, *rows.shape[1:])), np.resize(rates, CHUNK)
+        return *map(tf.constant, filled), tf.constant(stop - start)
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        """The function that does some updates: of their batches and rates, and how many they are."""
+        function = tf.function(self._updates, jit_compile=self._xla or None, autograph=False)
+        return function.get_concrete_function(*map(tf.TensorSpec.from_tensor, self._numbers(0, 1)))
+
+    def _updates(self, rows: Any, rates: Any, number: Any) -> Any:
+        def update(place: Any, losses: Any) -> tuple[Any, Any]:
+            self._optimizer.learning_rate = rates[place]
+            shares = self._strategy.run(self._update, args=(self._examples, self._labels, rows[place]))
+            return place + 1, losses.write(place, tf.add_n(self._strategy.experimental_local_results(shares)))
+
+        losses = tf.TensorArray(tf.float32, CHUNK, element_shape=())
+        begun = tf.constant(0), losses
+        _, losses = tf.while_loop(lambda place, _: place < number, update, begun, parallel_iterations=1)
+        return self._summed(losses.stack())
+
+    def _update(self, examples: Any, labels: Any, rows: Any) -> Any:
+        """Do one replica's part of an update; return its share of the loss."""
+        batch = rows.shape[0]
+        if self._replicas > 1:
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            rows = tf.reshape(rows, (self._replicas, -1))[replica]
+        with tf.GradientTape() as tape:
+            logits = tf.cast(self._model(tf.gather(examples, rows), training=True), tf.float32)
+            each = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.gather(labels, rows), logits)
+            loss = tf.reduce_sum(each) / batch
+            if self._model.losses:
+                loss += tf.cast(tf.add_n(self._model.losses), tf.float32) / self._replicas
+            scaled = self._optimizer.scale_loss(loss)
+        parameters = self._model.trainable_variables
+        self._optimizer.apply(tape.gradient(scaled, parameters), parameters)  # which adds up all replicas' gradients
+        return loss
+
+    def _summed(self, losses: Any) -> Any:
+        """Return the sums over all workers, at once for a chunk."""
+        if self._replicas == 1:
+            return losses
+        local = len(self._strategy.experimental_local_results(self._labels))
+        return self._strategy.reduce("SUM", self._strategy.run(lambda: losses / local), axis=None)
+
+
+def _report(chunk: tuple[int, int, Any] | None, report: Report) -> None:
+    if chunk is not None:
+        start, stop, losses = chunk
+        for step, loss in enumerate(losses.numpy()[: stop - start].tolist(), start + 1):
+            report(step, loss)
