@@ -34,7 +34,8 @@ class TensorFlowBackend(KerasBackend):
     """Train natively in TensorFlow, with a model of Keras: whole chunks of updates in one compiled call.
 
     TensorFlow takes all memory of every GPU unless told otherwise before it is first used; making a backend tells it
-    to take what it needs. Where it has been used before, its memory stays as the program has set it.
+    to take what it needs. Where it has been used before, and making a strategy is such a use, its memory stays as the
+    program has set it.
     """
 
     name = "tensorflow"

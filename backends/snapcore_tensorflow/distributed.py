@@ -37,6 +37,7 @@ class TensorFlowGroup:
         self._strategy, resolver = strategy, strategy.cluster_resolver
         self.rank = tasks.index((resolver.task_type, resolver.task_id))
         self.size = len(tasks)
+        self._collect = tf.function(self._collected, [tf.TensorSpec([None], tf.int32)], autograph=False)
 
     def gather(self, value: Any) -> list[Any]:
         """Return every process's value, by rank.
@@ -51,10 +52,12 @@ class TensorFlowGroup:
 
     def _gathered(self, array: NDArray[np.int32]) -> NDArray[np.int32]:
         """Return every process's array, [size, …]; they are of one length."""
-        local = self._strategy.num_replicas_in_sync // self.size
-        gathered = self._strategy.gather(self._strategy.run(lambda: tf.constant(array[None])), axis=0)
-        found: NDArray[np.int32] = gathered.numpy()[::local]  # every replica of a process gives the same
-        return found
+        found: NDArray[np.int32] = self._collect(array).numpy()
+        local = len(found) // self.size
+        return found[::local]  # every replica of a process gives the same
+
+    def _collected(self, array: Any) -> Any:
+        return self._strategy.gather(self._strategy.run(lambda: array[None]), axis=0)
 
 
 def current_group(strategy: Any) -> Group | None:

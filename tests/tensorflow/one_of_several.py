@@ -39,6 +39,7 @@ class UntilTheEnd:
         return self._data.indices(start, stop)
 
 
+group = current_group(strategy)
 state = execute(
     program("snapshot", lr=0.1, steps=120, cycles=3),
     TensorFlowBackend(),
@@ -46,9 +47,10 @@ state = execute(
     data=UntilTheEnd(TrainingData(x, y, 4, batch_size=16, seed=5)),
     directory=directory,
     resume_every=10,
-    group=current_group(strategy),
+    group=group,
     strategy=strategy,
 )
 weights = TensorFlowBackend().capture(state).resolve()
 digest = hashlib.sha256(b"".join(weights[name].tobytes() for name in sorted(weights)))
-print(json.dumps({"digest": digest.hexdigest(), "updates": int(state.optimizer.iterations.numpy())}))
+said = {"digest": digest.hexdigest(), "updates": int(state.optimizer.iterations.numpy())}
+print(json.dumps(said if group is None else {**said, "heard": group.gather({"längere": "Wörter" * (1 + group.rank)})}))

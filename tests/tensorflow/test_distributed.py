@@ -10,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
+from snapcore import ProtocolError
 from snapcore.store import SnapshotStore
+from snapcore_tensorflow.distributed import TensorFlowGroup, current_group
 
 HERE = Path(__file__).parent
 
@@ -89,7 +92,9 @@ def test_two_workers_write_one_run_with_the_members_of_a_single_process(tmp_path
     codes, said = start(tmp_path / "run", 2, chief=chief)
     assert codes == [0, 0]
     assert said[0] == said[1]
-    assert json.loads(said[0][0])["updates"] == 120
+    told = json.loads(said[0][0])
+    assert told["updates"] == 120
+    assert told["heard"] == [{"längere": "Wörter"}, {"längere": "WörterWörter"}]
     assert_close(members(tmp_path / "run"), alone)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "run"]
 
@@ -106,3 +111,14 @@ def test_when_one_is_killed_they_go_on_from_the_resume_point_before_and_so_does_
     assert [member.step for member in SnapshotStore(tmp_path / "run").members] == [40]
     assert start(tmp_path / "run", 1)[0] == [0]
     assert_close(members(tmp_path / "run"), alone)
+
+
+def test_a_process_alone_is_in_no_group():
+    assert current_group(None) is None
+    assert current_group(tf.distribute.get_strategy()) is None
+    assert current_group(tf.distribute.OneDeviceStrategy("CPU:0")) is None
+
+
+def test_a_group_is_of_a_strategy_of_several_workers():
+    with pytest.raises(ProtocolError, match=r"MultiWorkerMirroredStrategy, and TF_CONFIG .* got a OneDeviceStrategy"):
+        TensorFlowGroup(tf.distribute.OneDeviceStrategy("CPU:0"))
