@@ -138,3 +138,12 @@ def test_the_cnn_refuses_what_is_no_image_and_what_is_too_small():
     for shape in ((64,), (1, 7, 8)):
         with pytest.raises(DataError, match="each side 8 or more"):
             MODELS["cnn"](shape, 10)
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_the_built_in_models_begin_within_one_over_the_root_of_the_fan_in(model):
+    for weight in MODELS[model]((1, 8, 8), 10).weights:
+        values = np.asarray(weight)
+        if values.ndim > 1:
+            bound = 1 / np.sqrt(np.prod(values.shape[:-1]))
+            assert 0.9 * bound < np.abs(values).max() <= bound
