@@ -18,7 +18,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	SNAPCORE_REQUIRE=torch,jax,keras,tensorflow $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --cov --cov-report=term $(FORKING)
-	SNAPCORE_REQUIRE=torch,jax,keras,tensorflow $(ONE_THREAD) $(BIN)/python -m pytest -n 2 $(THREADED)
+	SNAPCORE_REQUIRE=torch,jax,keras,tensorflow $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup $(THREADED)
 	$(ONE_THREAD) $(BIN)/python -m pytest --doctest-modules --pyargs snapcore snapcore_torch snapcore_jax \
 	  snapcore_keras snapcore_tensorflow
 

@@ -10,6 +10,7 @@ from snapcore.lab.command import run
 from snapcore.lab.data import load_data
 from snapcore.metrics import nll
 
+pytestmark = pytest.mark.xdist_group("frameworks")  # the runs are made once
 BACKENDS = ("torch", "jax", "keras", "tensorflow")
 WORDS = ("--model", "mlp", "--epochs", "6", "--cycles", "2")  # 126 updates, members after 63 and 126
 
