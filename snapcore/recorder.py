@@ -5,6 +5,7 @@ writer's thread; what the loop waits for is the copy.
 """
 
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -449,7 +450,16 @@ def _warn_if_late(snapshot: Snapshot) -> None:
     if delay:
         warnings.warn(
             f"member {snapshot.index} was due after update {snapshot.due} and is taken {delay} updates late, at a rate "
-            "that has jumped up: call run.step() after every optimizer step",
+            "that has jumped up: let the run see every update before the next, by one call of run.step(), or of its "
+            "callback, after each",
             CycleWarning,
-            stacklevel=6,
+            stacklevel=_level_of_the_loop(),
         )
+
+
+def _level_of_the_loop() -> int:
+    """Return the `stacklevel` that a warning of the caller needs to point at the loop's own line."""
+    frame, level = sys._getframe(5).f_back, 6  # past what has called `record`: an adapter, whatever its name
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("snapcore"):
+        frame, level = frame.f_back, level + 1
+    return level

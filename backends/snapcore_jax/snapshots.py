@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar, overload
 from numpy.typing import NDArray
 
 from snapcore import Program, ProtocolError, Schedule
-from snapcore.counting import Calls
+from snapcore.counting import Calls, Ending, FollowedLoader
 from snapcore.protocol import Event, Restart
 from snapcore.recorder import AGREE_EVERY, Recorder, restart_weights
 from snapcore.resume import read_point
@@ -98,6 +98,7 @@ class SnapshotRun:
         )
         self._cursor = self._recorder.cursor
         self._calls = Calls(self._cursor, (resume_every, AGREE_EVERY if self._group else None))
+        self._ending = Ending(self._recorder, self._calls, self._look)
         self._variables = self._rest = _MISSING
         self._begun, self._resumable = False, True
         self._before: int | None = None  # what the optimizer had counted when this run had done no update
@@ -105,7 +106,7 @@ class SnapshotRun:
     @property
     def updates(self) -> int:
         """Updates done, as of the last `step`; asking waits for that update."""
-        return self._cursor.step + self._new_updates()
+        return self._cursor.step + (0 if self._ending.reached else self._new_updates())
 
     @property
     def finished(self) -> bool:
@@ -175,13 +176,10 @@ class SnapshotRun:
         if not looks:
             self._recorder.record(0)  # raises what the writer has met
             return self._held()
-        new = self._new_updates()
-        events = self._recorder.record(new, late="take")
-        self._calls.settle(new)
-        self._restart(events)
+        self._restart(self._look())
         held = self._held()
         if self.finished:
-            self._variables = self._rest = _MISSING  # nothing more is copied, and the memory is the loop's
+            self._let_go()
         return held
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
@@ -190,25 +188,17 @@ class SnapshotRun:
         The order is exact if it depends on the random states of NumPy or Python, on a sampler's `set_epoch`, or on
         nothing.
         """
-        return self._recorder.batches(_Epoch(loader, self._catch_up))
+        return self._recorder.batches(FollowedLoader(loader, self._catch_up))
 
     def finish(self, reason: str) -> None:
         """End early, with an unfinished member if an update was done since the last one."""
         refuse_unusable(self._parts())
-        self._settle()
-        self._recorder.finish(reason)
-        self._variables = self._rest = _MISSING
+        self._ending.finish(reason)
+        self._let_go()
 
     def close(self) -> None:
         """Wait for the writer and raise its error, if it has one; a run left early may be opened again."""
-        exact = False
-        try:
-            if not donated(self._parts()):  # else the loop was left between an update and its step
-                self._settle()
-                exact = True
-        finally:
-            self._recorder.close(exact=exact)
-            self._variables = self._rest = _MISSING
+        self._close(exact=True)
 
     def __enter__(self) -> Self:
         return self
@@ -216,12 +206,17 @@ class SnapshotRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-            return
-        if not self.finished:  # for the message alone: nothing is written any more
-            self._cursor.advance(min(self._calls.most, self._cursor.until_next - 1))
-        self._recorder.__exit__(kind, error, trace)
+        self._close(exact=kind is None)
+
+    def _close(self, *, exact: bool) -> None:
+        try:
+            # With an array donated, the loop was left between an update and its step.
+            self._ending.close(exact=exact and not donated(self._parts()))
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Hold nothing: nothing more is copied, and the memory is the loop's."""
         self._variables = self._rest = _MISSING
 
     def _take_in(self, variables: Any, rest: Any) -> None:
@@ -287,14 +282,14 @@ class SnapshotRun:
             )
         return new
 
-    def _settle(self) -> None:
-        """Move the cursor to where the loop is, for the last time."""
-        if self._calls.waiting and not self.finished:
-            new, place = self._new_updates(), self._recorder.epochs.state_dict()
-            self._recorder.record(new, late="take")
-            if new <= self._calls.most:  # each has had its call: a batch taken since is given again
-                self._recorder.epochs.load_state_dict(place)
-            self._calls.settle(new)
+    def _look(self) -> tuple[Event, ...]:
+        """Move the cursor to where the loop is, and return what was due."""
+        if not self._calls.waiting:
+            return ()
+        new = self._new_updates()
+        events = self._recorder.record(new, late="take")
+        self._calls.settle(new)
+        return events
 
     def _catch_up(self) -> None:
         """Move the cursor to where the loop is; what is due at the end of a cycle is left to `step`."""
@@ -341,18 +336,6 @@ class SnapshotRun:
 
         def set_random_state(self, state: Any) -> None:
             """Nothing to set."""
-
-
-class _Epoch:
-    """A loader that brings the run up to date when it has been walked through."""
-
-    def __init__(self, loader: Iterable[Any], catch_up: Callable[[], None]) -> None:
-        self._loader, self._catch_up = loader, catch_up
-        self.sampler = getattr(loader, "sampler", None)
-
-    def __iter__(self) -> Iterator[Any]:
-        yield from self._loader
-        self._catch_up()
 
 
 def _check_needs(program: Schedule | Program, init: object, optimizer: object) -> None:

@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from snapcore import Program, ProtocolError, Schedule
+from snapcore.counting import Ending, FollowedLoader
 from snapcore.protocol import as_program
 from snapcore_keras.following import Following, FreshWeights
 from snapcore_keras.schedule import SnapshotSchedule, check_rate, innermost
@@ -97,15 +98,16 @@ class SnapshotRun:
                 group=current_group(self._strategy),
             )
         self._recorder, self._cursor = self._following.recorder, self._following.cursor
-        self._resumed, self._closed = self._cursor.step > 0, False
+        self._resumed = self._cursor.step > 0
+        self._ending = Ending(self._recorder, self._following.calls, self._look_at_end)
         self._set_rate = _rate_setter(optimizer, as_program(cycles_or_program).schedule, self._following.before)
         if self._set_rate is not None:
             self._set_rate()
 
     @property
     def updates(self) -> int:
-        """Updates done, as the optimizer counts them; asking waits for the last one."""
-        return self._following.updates()
+        """Updates done, as the optimizer counts them until the run has ended; asking waits for the last one."""
+        return self._cursor.step if self._ending.reached else self._following.updates()
 
     @property
     def finished(self) -> bool:
@@ -146,23 +148,15 @@ class SnapshotRun:
             for _ in range(self._recorder.epochs.state_dict()["epoch"]):
                 iter(loader)  # draws the seed of an epoch that has passed
         self._resumed = False
-        return self._recorder.batches(_Epoch(loader, self._catch_up))
+        return self._recorder.batches(FollowedLoader(loader, self._catch_up))
 
     def finish(self, reason: str) -> None:
         """End early, with an unfinished member if an update was done since the last one."""
-        self._settle()
-        self._recorder.finish(reason)
+        self._ending.finish(reason)
 
     def close(self) -> None:
         """Wait for the writer and raise its error, if it has one; a run left early may be opened again."""
-        if self._closed:
-            return
-        self._closed, exact = True, False
-        try:
-            self._settle()
-            exact = True
-        finally:
-            self._recorder.close(exact=exact)
+        self._ending.close(exact=True)
 
     def __enter__(self) -> Self:
         return self
@@ -170,12 +164,7 @@ class SnapshotRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-            return
-        if not self.finished:  # for the message alone: nothing is written any more
-            self._cursor.advance(min(self._following.calls.most, self._cursor.until_next - 1))
-        self._recorder.__exit__(kind, error, trace)
+        self._ending.close(exact=kind is None)
 
     def _look(self, *, unseen: int = 0) -> None:
         if self._set_rate is not None:
@@ -183,8 +172,11 @@ class SnapshotRun:
         with self._strategy.scope():
             self._following.look()
 
+    def _look_at_end(self) -> None:
+        self._look(unseen=1)  # the last update of a loop or an epoch may have no call after it
+
     def _refuse_several(self, unseen: int) -> None:
-        new, calls = self.updates - self._cursor.step, self._following.calls.waiting
+        new, calls = self._following.updates() - self._cursor.step, self._following.calls.waiting
         if new > calls + unseen:
             raise ProtocolError(
                 f"{new} updates were done in {calls} calls of run.step(), all at the rate set before them: call it "
@@ -193,28 +185,7 @@ class SnapshotRun:
 
     def _catch_up(self) -> None:
         if self._following.calls.waiting and not self.finished:
-            self._look(unseen=1)
-
-    def _settle(self) -> None:
-        """Move to where the loop is, for the last time."""
-        if self.finished:
-            return
-        before, most, place = self._cursor.step, self._following.calls.most, self._recorder.epochs.state_dict()
-        self._look(unseen=1)  # the last update may have no call after it
-        if self._cursor.step - before <= most:  # it has: a batch taken since is given again
-            self._recorder.epochs.load_state_dict(place)
-
-
-class _Epoch:
-    """A loader that brings the run up to date when it has been walked through."""
-
-    def __init__(self, loader: Iterable[Any], catch_up: Callable[[], None]) -> None:
-        self._loader, self._catch_up = loader, catch_up
-        self.sampler = getattr(loader, "sampler", None)
-
-    def __iter__(self) -> Iterator[Any]:
-        yield from self._loader
-        self._catch_up()
+            self._look_at_end()
 
 
 def _check_kinds(model: Any, optimizer: Any) -> None:

@@ -302,7 +302,9 @@ def test_leaving_between_an_update_and_its_step_goes_on_after_the_member_before(
         for _ in range(6):
             params, state = run.step(*donating(params, state))
         donating(params, state)
-    assert "it goes on after update 4" in caplog.text
+    assert "left after 6 of 12 updates; it goes on after update 4" in caplog.text
+    assert run.updates == 6
+    run.close()
 
 
 @pytest.mark.parametrize("tx", [COUNTING["sgd"], optax.sgd(0.1)])
@@ -319,3 +321,36 @@ def test_an_exception_in_the_loop_keeps_the_members_frees_the_directory_and_says
     assert "left after 6 of 12 updates; it goes on after update 4" in caplog.text
     with SnapshotStore(tmp_path / "run", "w") as store:
         assert ([member.step for member in store.members], store.stopped) == ([4], None)
+
+
+@pytest.mark.parametrize("tx", [COUNTING["sgd"], optax.sgd(0.1)])
+def test_closing_a_run_again_that_an_exception_in_the_loop_has_closed_does_nothing(tmp_path, tx, caplog):
+    run = SnapshotRun(tmp_path / "run", CYCLES)
+
+    def interrupted_loop():
+        with run:
+            params, state = run.start(PARAMS, tx.init(PARAMS))
+            for _ in range(6):
+                params, state = run.step(*update(tx, params, state, gradients()))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_loop()
+    run.close()
+    run.close()
+    assert (run.updates, run.lr, run.finished) == (6, CYCLES(6), False)
+    assert caplog.text.count("left after") == 1
+    assert steps(tmp_path / "run") == [4]
+
+
+@pytest.mark.parametrize("tx", [COUNTING["sgd"], optax.sgd(0.1)])
+def test_updates_after_the_end_are_not_the_runs(tmp_path, tx):
+    params, state = PARAMS, tx.init(PARAMS)
+    with SnapshotRun(tmp_path / "run", CYCLES) as run:
+        for _ in range(5):
+            params, state = run.step(*update(tx, params, state, gradients()))
+        run.finish("enough")
+        with pytest.raises(ProtocolError, match="stopped after 5 updates"):
+            run.step(*update(tx, params, state, gradients()))
+        assert run.updates == 5
+    assert run.updates == 5

@@ -224,8 +224,9 @@ def test_late_calls_are_warned_of_and_recorded_with_the_true_step(tmp_path):
     with SnapshotRun(tmp_path / "run", CYCLES, model, optimizer) as run:
         for _ in range(6):
             update()
-        with pytest.warns(CycleWarning, match="member 1 was due after update 4 and is taken 2 updates late"):
+        with pytest.warns(CycleWarning, match="member 1 was due after update 4 and is taken 2 updates late") as caught:
             run.step()
+        assert [one.filename for one in caught] == [__file__]
         assert run.lr == CYCLES(6)
     (member,) = SnapshotStore(tmp_path / "run").members
     assert (member.step, member.due, member.lr) == (6, 4, CYCLES(5))
@@ -300,6 +301,47 @@ def test_an_exception_in_the_loop_keeps_the_members_frees_the_directory_and_tell
     with SnapshotStore(tmp_path / "run", "w") as store:
         assert ([member.step for member in store.members], store.stopped) == ([4], None)
         store.verify()
+
+
+@pytest.mark.parametrize("plain", [None, 0.7])
+def test_closing_a_run_again_that_an_exception_in_the_loop_has_closed_does_nothing(tmp_path, plain, caplog):
+    model, optimizer = linear(), sgd(plain)
+    update = make_update(model, optimizer)
+    run = SnapshotRun(tmp_path / "run", CYCLES, model, optimizer)
+
+    def interrupted_loop():
+        with run:
+            for _ in range(3):
+                update()
+                run.step()
+            update()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_loop()
+    run.close()
+    run.close()
+    assert caplog.text.count("left after 3 of 12 updates") == 1
+    assert steps(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("plain", [None, 0.7])
+@pytest.mark.parametrize("end", [lambda run: run.finish("enough"), lambda run: run.close()])
+def test_updates_after_the_end_are_not_the_runs(tmp_path, plain, end):
+    model, optimizer = linear(), sgd(plain)
+    update = make_update(model, optimizer)
+    with SnapshotRun(tmp_path / "run", CYCLES, model, optimizer) as run:
+        for _ in range(5):
+            update()
+            run.step()
+        end(run)
+        update()
+        assert (run.updates, run.lr) == (5, CYCLES(5))
+        if run.finished:
+            with pytest.raises(ProtocolError, match="stopped after 5 updates"):
+                run.step()
+    update()
+    assert run.updates == 5
 
 
 def test_a_finished_run_is_not_opened_again_and_resume_false_moves_it_aside(tmp_path):
