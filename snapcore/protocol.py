@@ -225,9 +225,18 @@ def program_from_dict(values: Mapping[str, Any]) -> Program:
 
 
 def as_program(schedule_or_program: Schedule | Program) -> Program:
-    """Return a program; a schedule alone means its snapshots, and nothing in between."""
+    """Return a program; a schedule alone means its snapshots, and nothing in between.
+
+    Raises:
+        ProtocolError: it is neither.
+    """
     if isinstance(schedule_or_program, Program):
         return schedule_or_program
+    if not isinstance(schedule_or_program, Schedule):
+        raise ProtocolError(
+            "a run needs a schedule, such as CosineCycles(lr=0.1, steps=600, cycles=6), or a program from "
+            f"snapcore.program; got {schedule_or_program!r}"
+        )
     return Program("snapshot", schedule_or_program)
 
 

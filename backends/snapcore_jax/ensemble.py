@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from snapcore import DataError, StoreError
+from snapcore.ensemble import ALREADY_PROBABILITIES, are_probabilities, refuse_one_output
 from snapcore.files import map_tensors
 from snapcore.members import Directory, member_files
 from snapcore.tuning import ROUNDS, TOLERANCE, TuningReport, tune
@@ -73,7 +74,7 @@ class SnapshotEnsemble:
         self._activation = _ACTIVATIONS[activation] if isinstance(activation, str) else activation
         self._apply, self._output = apply_fn, output
         self._members, self._still = _alike([apart(member) for member in members])
-        self._unchecked = activation == "softmax"
+        self._softmax = self._unchecked = activation == "softmax"
         self._strategy = strategy
         self._run = self._made(strategy)
 
@@ -128,7 +129,8 @@ class SnapshotEnsemble:
             **kwargs: the same.
 
         Raises:
-            DataError: the first batch's outputs already are probabilities, and softmax of them would be wrong.
+            DataError: softmax cannot be right, since the first batch's outputs already are probabilities, or there is
+                one output.
         """
         return self._checked(self._run.mean(apart((args, kwargs))))
 
@@ -168,17 +170,22 @@ class SnapshotEnsemble:
         outputs = self._apply(self._still.whole(weights), *args, **kwargs)
         if self._output is not None:
             outputs = self._output(outputs)
-        suspect = _are_probabilities(outputs)
-        return self._activation(outputs.astype(jnp.float32) if outputs.dtype in _HALF else outputs), suspect
+        suspect = self._suspect(outputs) if self._softmax else False
+        probabilities = self._activation(outputs.astype(jnp.float32) if outputs.dtype in _HALF else outputs)
+        return probabilities, jnp.asarray(suspect)
+
+    @staticmethod
+    def _suspect(outputs: jax.Array) -> Any:
+        refuse_one_output(outputs.shape)
+        if not jnp.issubdtype(outputs.dtype, jnp.floating):
+            return False
+        return are_probabilities(outputs.astype(jnp.float32), half=outputs.dtype in _HALF)
 
     def _checked(self, found: Found) -> jax.Array:
         probabilities, suspect = found
         if self._unchecked and not isinstance(suspect, jax.core.Tracer):  # inside jax.jit there is no value to look at
             if suspect:
-                raise DataError(
-                    "the model's outputs already are probabilities (none below 0, rows that sum to 1), and softmax of "
-                    "them would be wrong: pass activation='identity'"
-                )
+                raise DataError(ALREADY_PROBABILITIES)
             self._unchecked = False
         return probabilities
 
@@ -205,10 +212,3 @@ def _alike(parts: Sequence[tuple[Weights, Still]]) -> tuple[list[Weights], Still
                 "the first, or other values that are no arrays: make those arrays"
             )
     return [weights for weights, _ in parts], first
-
-
-def _are_probabilities(outputs: jax.Array) -> jax.Array:
-    if outputs.size == 0 or outputs.ndim == 0 or not jnp.issubdtype(outputs.dtype, jnp.floating):
-        return jnp.array(False)
-    sums = outputs.astype(jnp.float32).sum(-1)
-    return jnp.all(outputs >= 0) & jnp.all(jnp.abs(sums - 1) < 1e-3)

@@ -2,14 +2,15 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
-import numpy as np
 from keras import losses, ops
 from numpy.typing import NDArray
 
 from snapcore import DataError
+from snapcore.ensemble import refuse_probabilities
 
 Activation = Callable[[Any], Any]
 Check = Callable[[NDArray[Any]], None]
@@ -29,8 +30,8 @@ ACTIVATIONS: dict[str, Activation] = {
 _PROBABILITIES = ("softmax", "sigmoid")
 _BINARY = (losses.BinaryCrossentropy, losses.BinaryFocalCrossentropy)
 _BINARY_FUNCTIONS = (losses.binary_crossentropy, losses.binary_focal_crossentropy)
-_ROUNDING = 1e-3
-_ROUNDING_HALF = 2e-2
+_ROUNDING = 2e-2
+"""What probabilities may be above 1, in half precision too; logits are by more."""
 
 
 def resolved(activation: str | Activation, model: Any, *, whole: bool = True) -> tuple[str | Activation, Check | None]:
@@ -43,20 +44,20 @@ def resolved(activation: str | Activation, model: Any, *, whole: bool = True) ->
         whole: whether its outputs are taken as they are, not picked from.
 
     Raises:
-        DataError: no such activation, or one that the model has applied already.
+        DataError: no such activation.
     """
-    if activation == "auto":
-        return _from_loss(model) or _from_last_layer(model, whole)
     if not isinstance(activation, str):
         return activation, None
-    if activation not in ACTIVATIONS:
+    if activation not in ("auto", *ACTIVATIONS):
         raise DataError(f"activation must be one of {sorted([*ACTIVATIONS, 'auto'])} or a callable, got {activation!r}")
-    if activation in _PROBABILITIES and whole and (last := ends_in(model)):
-        raise DataError(
-            f"the model ends in {last}: its outputs already are probabilities, and {activation} of them would be "
-            "wrong: pass activation='identity' or 'auto'"
-        )
-    return activation, _refuse_probabilities if activation == "softmax" else None
+    last = ends_in(model) if whole else None
+    if activation != "auto":
+        return activation, _check(activation, last)
+    told = _from_loss(model)
+    if told == "identity":
+        return told, _refuse_others
+    name = told or ("identity" if last else "softmax")
+    return name, _check(name, last)
 
 
 def ends_in(model: Any) -> str | None:
@@ -73,18 +74,17 @@ def ends_in(model: Any) -> str | None:
     return name if name in _PROBABILITIES else None
 
 
-def _from_loss(model: Any) -> tuple[str, Check | None] | None:
+def _check(activation: str, last: str | None) -> Check | None:
+    if last and activation in _PROBABILITIES:
+        return partial(_refuse_again, last=last, activation=activation)
+    return refuse_probabilities if activation == "softmax" else None
+
+
+def _from_loss(model: Any) -> str | None:
     """Return what the compiled loss tells; None if there is none, or its parts disagree."""
     given = getattr(model, "loss", None) if getattr(model, "compiled", False) else None
     told = {_told(loss) for loss in _parts(given) if loss is not None}
-    if len(told) != 1 or None in told:
-        return None
-    (activation,) = told
-    return str(activation), {"identity": _refuse_others, "softmax": _refuse_probabilities}.get(str(activation))
-
-
-def _from_last_layer(model: Any, whole: bool) -> tuple[str, Check | None]:
-    return ("identity", None) if whole and ends_in(model) else ("softmax", _refuse_probabilities)
+    return told.pop() if len(told) == 1 else None
 
 
 def _parts(loss: Any) -> list[Any]:
@@ -113,29 +113,16 @@ def _told(given: Any) -> str | None:
     return "softmax"
 
 
-def _refuse_probabilities(outputs: NDArray[Any]) -> None:
-    rounding = _rounding(outputs)
-    if rounding is None or outputs.ndim == 0:
-        return
-    sums = outputs.astype(np.float64).sum(-1)
-    if (outputs >= 0).all() and (np.abs(sums - 1) < rounding).all():
-        raise DataError(
-            "the model's outputs already are probabilities (none below 0, rows that sum to 1), and softmax of them "
-            "would be wrong: pass activation='identity'"
-        )
+def _refuse_again(outputs: NDArray[Any], *, last: str, activation: str) -> None:  # noqa: ARG001 - the layer tells
+    raise DataError(
+        f"the model ends in {last}: its outputs already are probabilities, and {activation} of them would be wrong: "
+        "pass activation='identity'"
+    )
 
 
 def _refuse_others(outputs: NDArray[Any]) -> None:
-    rounding = _rounding(outputs)
-    if rounding is not None and not ((outputs >= 0).all() and (outputs <= 1 + rounding).all()):
+    if not ((outputs >= 0).all() and (outputs <= 1 + _ROUNDING).all()):
         raise DataError(
             "the compiled loss takes the model's outputs for probabilities (from_logits=False), but some are below 0 "
             "or above 1: compile with from_logits=True if they are logits, or pass activation="
         )
-
-
-def _rounding(outputs: NDArray[Any]) -> float | None:
-    """Return what a sum of outputs may be off by; None if they are no floating numbers."""
-    if outputs.dtype.name in ("bfloat16", "float16"):
-        return _ROUNDING_HALF
-    return _ROUNDING if np.issubdtype(outputs.dtype, np.floating) else None

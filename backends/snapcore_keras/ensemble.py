@@ -14,6 +14,7 @@ from snapcore.members import Directory, member_files
 from snapcore.tuning import ROUNDS, TOLERANCE, TuningReport, tune
 from snapcore_keras.activations import Activation, resolved
 from snapcore_keras.averaging import MeanOfMembers
+from snapcore_keras.looking import FirstLook, is_symbolic
 from snapcore_keras.state import fitted, named_weights
 from snapcore_keras.strategies import Forward, Loop, Stacked, Strategy, Weights
 
@@ -22,7 +23,8 @@ class SnapshotEnsemble:
     """Average the members' probabilities: h(x) = 1/m · Σ softmax of each of the last m members.
 
     In evaluation mode: no dropout, and batch normalisation by each member's own statistics. Members are loaded with
-    `SnapshotEnsemble.load`; the model they are run with is not changed, and may be trained on.
+    `SnapshotEnsemble.load`. What runs them is the model itself, called in a `keras.StatelessScope` with each member's
+    weights in the place of its own: so it is not changed, and may be trained on; nor is what it would assign kept.
 
     Calling it gives mean probabilities, shape [batch, …, classes]; `members(…)` gives each member's, with the member
     axis first; `predict(…)` gives the mean of any number of examples in NumPy, compiled by Keras. `functional()` is a
@@ -33,7 +35,8 @@ class SnapshotEnsemble:
         model: built, of any kind: functional, sequential or a subclass.
         activation: from outputs to probabilities: `"softmax"` over the last axis, `"sigmoid"`, `"identity"` or a
             callable. `"auto"` reads `from_logits` of the compiled loss, without one looks at the last layer, and takes
-            softmax if neither tells.
+            softmax if neither tells. What the first member gives of the first batch shows whether that can be right;
+            where a model or graph is being built, what it gives of zeros.
         output: picks the tensor when the model returns something else, such as `lambda outputs: outputs[0]`.
         strategy: `"loop"`, one member after the other; or `"stacked"`, all in one vectorised call, which needs the
             weights a second time, and Keras to run on JAX or PyTorch.
@@ -69,12 +72,13 @@ class SnapshotEnsemble:
         strategy: str = "loop",
     ) -> None:
         self._known(strategy)
-        activation, self._check = resolved(activation, model, whole=output is None)
+        activation, check = resolved(activation, model, whole=output is None)
         self._layer = MeanOfMembers(model, _fitting(members, model), activation=activation, output=output)
         if not self._layer.members:
             raise StoreError("an ensemble needs at least one finished member, got none")
         self._strategy, self._run = strategy, self._made(strategy)
-        self._predicting: Any = None
+        self._look = FirstLook(self._layer.run_one, self._layer.members[0], check)
+        self._predicting: dict[str, Any] = {}
 
     @classmethod
     def load(
@@ -133,14 +137,12 @@ class SnapshotEnsemble:
             DataError: the first batch's outputs are not what the activation takes them for, or the strategy cannot run
                 the model.
         """
-        if any(isinstance(leaf, keras.KerasTensor) for leaf in keras.tree.flatten((args, kwargs))):
-            return self._layer(*args, **kwargs)
-        self._look_at_first(args, kwargs)
-        return self._run.mean(args, kwargs)
+        self._look(args, kwargs)
+        return self._layer(*args, **kwargs) if is_symbolic((args, kwargs)) else self._run.mean(args, kwargs)
 
     def members(self, *args: Any, **kwargs: Any) -> Any:
         """Return each member's probabilities, shape [members, batch, …]."""
-        self._look_at_first(args, kwargs)
+        self._look(args, kwargs)
         return self._run.each(args, kwargs)
 
     def predict(self, x: Any, batch_size: int = 32) -> NDArray[Any]:
@@ -153,27 +155,33 @@ class SnapshotEnsemble:
             batch_size: how many to run at once, 1 or more.
 
         Raises:
-            DataError: the first batch's outputs are not what the activation takes them for.
+            DataError: there are no examples, or the first batch's outputs are not what the activation takes them for.
         """
-        self._look_at_first((keras.tree.map_structure(lambda array: array[:batch_size], x),), {})
-        if self._predicting is None:
-            self._predicting = self.functional(x)
-        return np.asarray(self._predicting.predict(x, batch_size=batch_size, verbose=0))
+        kinds = [(tuple(array.shape), str(array.dtype)) for array in keras.tree.flatten(x)]
+        if not all(shape[0] for shape, _ in kinds):
+            raise DataError(f"predict needs at least one example, got x of shape {[shape for shape, _ in kinds]}")
+        self._look((keras.tree.map_structure(lambda array: array[:batch_size], x),), {})
+        kind = repr([(shape[1:], dtype) for shape, dtype in kinds])
+        if kind not in self._predicting:
+            self._predicting[kind] = self.functional(x)
+        return np.asarray(self._predicting[kind].predict(x, batch_size=batch_size, verbose=0))
 
     def functional(self, x: Any = None) -> Any:
         """Return a functional model whose outputs are the mean probabilities, to `save`, `export` or build on.
 
         It shares the members' weights with the ensemble, and runs them one after the other. To be saved as `.keras`,
-        a model of a class of your own must be registered with Keras; to be exported it need not be. Keras exports on
-        TensorFlow, and on JAX where TensorFlow is installed.
+        a model of a class of your own must be registered with Keras; to be exported it need not be. Keras exports a
+        SavedModel on TensorFlow, and on JAX where TensorFlow is installed; on PyTorch `export(…, format="torch")`.
 
         Arguments:
             x: one batch, for a model that does not say what its inputs are, such as one of a class of your own.
 
         Raises:
-            DataError: neither the model nor `x` says what the inputs are.
+            DataError: neither the model nor `x` says what the inputs are, or the outputs of `x`, without it of a batch
+                of zeros, are not what the activation takes them for.
         """
         inputs = _inputs(self._layer.run_one.model, x)
+        self._look((inputs if x is None else x,), {})
         return keras.Model(inputs, self._layer(inputs), name="snapshot_ensemble")
 
     def tune(self, *args: Any, tolerance: float = TOLERANCE, rounds: int = ROUNDS, **kwargs: Any) -> TuningReport:
@@ -186,7 +194,7 @@ class SnapshotEnsemble:
                 rounds slow strategies are passed over, and 2 s end it.
             **kwargs: as for a call.
         """
-        self._look_at_first(args, kwargs)
+        self._look(args, kwargs)
         made = {self._strategy: self._run}
 
         def run(name: str) -> NDArray[Any]:
@@ -205,19 +213,6 @@ class SnapshotEnsemble:
 
     def _made(self, strategy: str) -> Strategy:
         return self._strategies[strategy](self._layer.run_one, self._layer.members)
-
-    def _look_at_first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Check the first member's outputs on the first batch, once."""
-        if self._check is None:
-            return
-        outputs = self._layer.run_one.outputs(self._layer.members[0], args, kwargs)
-        try:
-            found = np.asarray(ops.convert_to_numpy(outputs))
-        except (TypeError, NotImplementedError):  # inside jax.jit or tf.function there is no value to look at
-            return
-        if found.size:
-            self._check(found)
-            self._check = None
 
 
 def _fitting(members: Iterable[Sequence[NDArray[Any]]], model: Any) -> Iterator[list[NDArray[Any]]]:

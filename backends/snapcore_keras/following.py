@@ -2,27 +2,31 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import keras
-from keras import ops
 from numpy.typing import NDArray
 
 from snapcore import Cursor, Program, ProtocolError, Schedule
 from snapcore.counting import Calls
 from snapcore.group import Group
 from snapcore.hosted import Place
+from snapcore.manifest import MANIFEST
 from snapcore.protocol import Event, Restart, as_program
 from snapcore.recorder import AGREE_EVERY, Recorder, restart_weights
-from snapcore_keras.schedule import check_rate, innermost
+from snapcore_keras.schedule import accumulation, check_begin, check_rate, counted, gradients, tell_accumulation
 from snapcore_keras.state import (
     Copy,
     dump_training,
     load_training,
     load_weights,
     named_weights,
+    random_state,
     reset_moments,
+    set_random_state,
 )
+
+if TYPE_CHECKING:
+    import keras
 
 Tensors = Mapping[str, NDArray[Any]]
 
@@ -45,6 +49,9 @@ class Following:
         group: the processes that train together.
         at: where a trainer that keeps checkpoints of its own is.
         per_call: gradients that every call gives to the optimizer, at most; None if that is not known.
+        check: called with what the optimizer had counted when the run had done no update, to refuse that. Where nothing
+            is there to go on with, it is called before a run is moved aside. By default it is refused if the schedule
+            does not begin there; if it is accepted, the run begins where the schedule does.
 
     Raises:
         ProtocolError: the program needs `init`, and it is missing; or the optimizer's schedule is not where the run is.
@@ -67,12 +74,17 @@ class Following:
         group: Group | None = None,
         at: Place | None = None,
         per_call: int | None = None,
+        check: Callable[[int], None] | None = None,
     ) -> None:
         program = as_program(cycles_or_program)
         check_init(program, init)
         self._model, self._optimizer, self._init = model, optimizer, init
         named_weights(model)
-        schedule = check_rate(optimizer, program.schedule)
+        tell_accumulation(optimizer)
+        rate = check_rate(optimizer, program.schedule)
+        check = check or (lambda before: check_begin(rate, before))
+        if not _may_go_on(Path(directory), at, resume=resume):
+            check(counted(optimizer))
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
         self.recorder = Recorder(
@@ -90,13 +102,11 @@ class Following:
             self._restart(self.recorder.start())
             every = (resume_every, AGREE_EVERY if group else None)
             self.calls = _calls(self.cursor, every, optimizer, per_call)
-            self.before = self._counted() - self.cursor.step
+            before = counted(optimizer) - self.cursor.step
+            check(before)
+            schedule = check_rate(optimizer, program.schedule)
+            self.before = before if schedule is None else schedule.begin
             """What the optimizer had counted when this run had done no update."""
-            if schedule is not None and schedule.begin != self.before:
-                raise ProtocolError(
-                    f"the optimizer has counted {self.before} updates that this run has not seen, and its schedule is "
-                    f"that far ahead: compile with a new optimizer, or pass SnapshotSchedule(…, begin={self.before})"
-                )
         except BaseException:
             self.recorder.close(exact=False)
             raise
@@ -109,7 +119,7 @@ class Following:
 
     def updates(self) -> int:
         """Return the updates done; this waits for the one that is being done."""
-        return self._counted() - self.before
+        return counted(self._optimizer) - self.before
 
     def look(self) -> bool:
         """Read the optimizer's count and do what is due; return whether the model was given other weights."""
@@ -128,9 +138,6 @@ class Following:
         if self.calls.waiting and not self.cursor.finished:
             self.look()
 
-    def _counted(self) -> int:
-        return int(ops.convert_to_numpy(ops.copy(innermost(self._optimizer).iterations)))
-
     def _restart(self, events: tuple[Event, ...]) -> bool:
         changed = False
         for event in events:
@@ -146,17 +153,6 @@ class Following:
     def _fresh(self, member: int) -> Tensors:
         weights = self._init(member)  # type: ignore[misc]  # refused at construction if missing
         return weights if isinstance(weights, Mapping) else Copy(named_weights(weights)).resolve()
-
-
-def counted(optimizer: Any) -> int:
-    """Return the updates that an optimizer has counted; this waits for the one that is being done."""
-    return int(ops.convert_to_numpy(innermost(optimizer).iterations))
-
-
-def gradients(optimizer: Any) -> int:
-    """Return the gradients that an optimizer has been given: its updates, or the parts that they are made of."""
-    inner = innermost(optimizer)
-    return int(ops.convert_to_numpy(next(each for each in inner.variables if each.name == "iteration")))
 
 
 def check_init(program: Program, init: FreshWeights | None) -> None:
@@ -178,7 +174,7 @@ class _GradientCalls(Calls):
     def __init__(self, cursor: Cursor, every: tuple[int | None, ...], optimizer: Any, per_call: int) -> None:
         super().__init__(cursor, every, per_call)
         self._optimizer = optimizer
-        self._accumulation = innermost(optimizer).gradient_accumulation_steps or 1
+        self._accumulation = accumulation(optimizer)
         self.settle(0)
 
     def settle(self, updates: int) -> None:
@@ -188,6 +184,10 @@ class _GradientCalls(Calls):
 
 def _calls(cursor: Cursor, every: tuple[int | None, ...], optimizer: Any, per_call: int | None) -> Calls:
     return Calls(cursor, every) if per_call is None else _GradientCalls(cursor, every, optimizer, per_call)
+
+
+def _may_go_on(directory: Path, at: Place | None, *, resume: bool) -> bool:
+    return (at is not None and at.step > 0) or (resume and (directory / MANIFEST).exists())
 
 
 class _Source:
@@ -205,8 +205,8 @@ class _Source:
     def load(self, tensors: Tensors, values: dict[str, Any]) -> None:  # noqa: ARG002 - nothing but tensors
         load_training(self._model, self._optimizer, tensors)
 
-    def random_state(self) -> None:
-        """Nothing: random layers keep their own state, which is in the dump."""
+    def random_state(self) -> dict[str, Any] | None:
+        return random_state()
 
-    def set_random_state(self, state: Any) -> None:
-        """Nothing to set."""
+    def set_random_state(self, state: dict[str, Any] | None) -> None:
+        set_random_state(state)

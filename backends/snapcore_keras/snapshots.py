@@ -18,8 +18,19 @@ from snapcore.protocol import as_program
 from snapcore.resume import ResumePoint, clear_point, read_point
 from snapcore.store import SnapshotStore
 from snapcore_keras.executions import check_cycles, check_epochs
-from snapcore_keras.following import Following, FreshWeights, check_init, counted, gradients
-from snapcore_keras.schedule import SnapshotSchedule, check_rate, innermost
+from snapcore_keras.following import Following, FreshWeights, check_init
+from snapcore_keras.schedule import (
+    accumulation,
+    check_begin,
+    check_rate,
+    counted,
+    give_schedule,
+    given_schedule,
+    gradients,
+    has_plain_rate,
+    tell_accumulation,
+)
+from snapcore_keras.state import is_built
 
 _FRAMEWORK = "keras"
 
@@ -30,15 +41,19 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
     An update is what the optimizer counts, `optimizer.iterations`. `steps_per_execution`, gradient accumulation, what
     a scaled loss skips, `initial_epoch`, several calls of `fit`, and validation in between change nothing about when
     a snapshot is taken: after the last update of a cycle, the last one when training ends on it. Then training stops,
-    whatever `epochs` says. An optimizer built with the matching `SnapshotSchedule` is left alone; one with a plain
-    rate is given that schedule for good, from where it is.
+    whatever `epochs` says. An optimizer built with the matching `SnapshotSchedule` is left alone, but for the number of
+    gradients in an update, which the schedule is told. One with a plain rate is given the schedule, from where it is;
+    the next run, in another directory, gives it its own.
 
     After a kill, call `fit` with a new callback for the same directory. Weights, optimizer, rate and the states of
     random layers go on exactly at the newest resume point, while Keras begins another epoch of data. (On PyTorch, a
-    random layer has such a state only if it is given a seed; without, it draws from the process's generator.) Beside
-    `keras.callbacks.BackupAndRestore`, the run goes on where that has put the model: members taken later are forgotten
-    and taken again. Put this callback before it in the list: members are then on disk before a backup counts on them.
-    So it goes on, too, with a model that was loaded with its optimizer.
+    random layer without a seed draws from PyTorch's own generators. Their states go on too, but the loaders that Keras
+    makes draw from them as well, at every epoch: such a layer goes on exactly if `fit` is given a `DataLoader` with a
+    `generator` of its own.) Beside `keras.callbacks.BackupAndRestore`, the run goes on where that has put the model:
+    members taken later are forgotten and taken again. Put this callback before it in the list: members are then on disk
+    before a backup counts on them. So it goes on, too, with a model that was loaded with its optimizer.
+
+    A model that Keras builds in its first batch is followed from there. To go on with a run, build it before.
 
     Arguments:
         directory: the run's own; created.
@@ -50,16 +65,17 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
     Raises:
         ScheduleError: when training starts: the optimizer has another schedule, or `steps_per_execution` does not
             divide a cycle.
-        ProtocolError: the program restarts from fresh weights and `init` is missing; an epoch's batches would make
-            snapshots late; the optimizer has counted updates that the run has not seen; or `fit` was not given a list
-            of callbacks.
+        ProtocolError: `cycles_or_program` is neither; the program restarts from fresh weights and `init` is missing; an
+            epoch's batches would make snapshots late; the optimizer has counted updates that the run has not seen; or
+            `fit` was not given a list of callbacks.
         StoreError: the directory holds a finished run or another program's, is being written, or cannot be written.
-        DataError: the model is not built, or what was saved does not fit it.
+        DataError: the model is not built where a run is to go on, or what was saved does not fit it.
 
     Example:
         >>> import tempfile, keras, numpy as np
         >>> from snapcore import CosineCycles
         >>> from snapcore.store import SnapshotStore
+        >>> from snapcore_keras import SnapshotSchedule
         >>> cycles = CosineCycles(lr=0.1, steps=64, cycles=4)
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
         >>> model.compile(keras.optimizers.SGD(SnapshotSchedule(cycles), momentum=0.9), loss="mse")
@@ -87,29 +103,40 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._resume = resume
         self._options: dict[str, Any] = {"resume_every": resume_every, "init": init}
         self._following: Following | None = None
-        self._thread = threading.current_thread()
+        self._thread = threading.get_ident()
         self._counted = 0
+        self._waits = False
 
     def set_model(self, model: Any) -> None:
         """Check the optimizer and give it the schedule if it has none, before any callback restores anything."""
         super().set_model(model)
-        self._thread = threading.current_thread()
+        self._thread, self._waits = threading.get_ident(), False
         self._close_what_was_left()
         model = self.model
-        check_cycles(self.program.schedule, model.steps_per_execution, _accumulation(model.optimizer))
+        check_cycles(self.program.schedule, model.steps_per_execution, accumulation(model.optimizer))
         self._counted = counted(model.optimizer)
-        if check_rate(model.optimizer, self.program.schedule) is None:
-            self._set_schedule(model)
+        if self._gives(model.optimizer):
+            self._give(model, self._counted)
+        elif tell_accumulation(model.optimizer):
+            _forget_traces(model)
+        check_rate(model.optimizer, self.program.schedule)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
-        """Open the run before the first batch, where the model is by now."""
+        """Open the run before the first batch, where the model is by now; after it, if Keras builds the model in it."""
         if self._following is None:
-            self._open()
+            model = self.model
+            self._waits = self._may_wait(model)
+            if self._waits:
+                self._check(model, self._counted)
+            else:
+                self._open(model)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Take what is due; end training with the program."""
-        if threading.current_thread() is not self._thread:
+        if threading.get_ident() != self._thread:
             raise ProtocolError("Keras calls a lone callback in another thread: pass a list, callbacks=[callback]")
+        if self._waits:
+            self._open_late(self.model)
         following = self._opened()
         if not following.called():
             following.recorder.record(0)  # raises what the writer has met
@@ -121,14 +148,14 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Wait for the files that a backup of this epoch counts on."""
-        following = self._opened()
-        if following.calls.waiting:  # else it is made at the boundary itself, with the weights for the member
+        following = self._following
+        if following is not None and following.calls.waiting:  # else it was done at the boundary, for the member
             following.recorder.place()
 
     def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002
         """Wait for the files, and raise what writing them raised; a later `fit` goes on."""
         if self._following is None and counted(self.model.optimizer) != self._counted:
-            self._open()  # a backup was made after the last epoch, and what was due there may not be on disk
+            self._open(self.model)  # a backup was made after the last epoch, and what was due there may not be on disk
         self.close()
 
     def close(self) -> None:
@@ -152,43 +179,64 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def _close_what_was_left(self) -> None:
         """Close the run of a `fit` that has died: in the thread that begins one, no other can be under way."""
         left = _OPEN.get(self.directory.absolute())
-        if left is not None and left._thread is self._thread:
+        if left is not None and left._thread == self._thread:
             left.close()
 
-    def _set_schedule(self, model: Any) -> None:
-        innermost(model.optimizer).learning_rate = SnapshotSchedule(
-            self.program.schedule,
-            begin=self._counted,
-            gradient_accumulation_steps=_accumulation(model.optimizer),
-        )
-        if model.train_function is not None:  # traced by an earlier fit, with the rate that was
-            model.make_train_function(force=True)
+    def _gives(self, optimizer: Any) -> bool:
+        """Return whether this run gives the schedule: the rate is plain, or was until a run that is not this one."""
+        rate = given_schedule(optimizer)
+        if rate is None:
+            return has_plain_rate(optimizer)
+        return rate.cycles != self.program.schedule or not self._may_be_at(self._counted - rate.begin)
 
-    def _open(self) -> None:
-        model = self.model
-        begin = check_rate(model.optimizer, self.program.schedule).begin  # type: ignore[union-attr]  # set by now
+    def _may_be_at(self, step: int) -> bool:
+        if not 0 < step < self.program.updates or not (self.directory / MANIFEST).exists():
+            return False
+        store = SnapshotStore(self.directory)
+        return store.stopped is None and store.program == self.program.to_dict()
+
+    def _give(self, model: Any, begin: int) -> None:
+        give_schedule(model.optimizer, self.program.schedule, begin)
+        _forget_traces(model)
+
+    def _may_wait(self, model: Any) -> bool:
+        """Return whether the model has yet to be built, and there is nothing to put into it."""
+        if is_built(model) or counted(model.optimizer) != self._counted:
+            return False
+        return not self._resume or read_point(self.directory) is None
+
+    def _open(self, model: Any) -> None:
         now = counted(model.optimizer)
+        begin = check_rate(model.optimizer, self.program.schedule).begin  # type: ignore[union-attr]  # set by now
         at, resume = self._where(now - begin, restored=now != self._counted)
+        self._follow(model, at=at, resume=resume, check=lambda before: self._check(model, before))
+
+    def _open_late(self, model: Any) -> None:
+        """Open the run of a model that was built in its first execution."""
+        done, first = counted(model.optimizer) - self._counted, self.program.schedule.snapshot_steps[0]
+        if done > first:
+            raise ProtocolError(
+                f"{model.name} was built in its first execution, whose {done} updates lead past the snapshot due after "
+                f"{first}: build it first, by calling it on a batch"
+            )
+        self._follow(model, resume=self._resume, check=lambda before: None)  # noqa: ARG005
+        self._waits = False
+
+    def _follow(self, model: Any, **where: Any) -> None:
         known = type(model).train_step is keras.Model.train_step
-        following = Following(
+        self._following = Following(
             self.directory,
             self.program,
             model,
             model.optimizer,
             framework=_FRAMEWORK,
-            resume=resume,
-            at=at,
             per_call=model.steps_per_execution if known else None,
+            **where,
             **self._options,
         )
-        try:
-            self._check_epochs(model, following)
-        except BaseException:
-            following.recorder.close(exact=False)
-            raise
-        self._following, self._resume = following, True
+        self._resume = True
         _OPEN[self.directory.absolute()] = self
-        model.stop_training |= following.cursor.finished
+        model.stop_training |= self._following.cursor.finished
 
     def _where(self, step: int, *, restored: bool) -> tuple[Place | None, bool]:
         """Return the place that the model was put at, or None to go on by points of our own; and whether to resume.
@@ -199,17 +247,16 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         """
         if step <= 0 or not (self.directory / MANIFEST).exists():
             return None, self._resume
-        if SnapshotStore(self.directory).stopped is not None and not restored:
+        store = SnapshotStore(self.directory)
+        if store.program != self.program.to_dict() or (store.stopped is not None and not restored):
             return None, self._resume
         point = read_point(self.directory)
         if point is not None and (point.state["place"]["step"] == step or point.state["framework"] != _FRAMEWORK):
             return None, True
         return self._place(step, point), True
 
-    def _place(self, step: int, point: ResumePoint | None) -> Place | None:
+    def _place(self, step: int, point: ResumePoint | None) -> Place:
         with SnapshotStore(self.directory, "w") as store:
-            if store.program != self.program.to_dict():
-                return None  # refused when it is opened
             indexes = [member.index for member in store.members]
             if point is not None and point.member is not None and point.member.index not in indexes:
                 store.add(point.member)  # killed between the two
@@ -217,10 +264,21 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
             members = tuple(member.sha256 for member in store.members if member.step <= step)
         return Place(min(step, self.program.updates), members)
 
-    def _check_epochs(self, model: Any, following: Following) -> None:
-        accumulation = _accumulation(model.optimizer)
-        done = gradients(model.optimizer) - following.before * accumulation
-        due = (step * accumulation - done for step in self.program.schedule.snapshot_steps)
+    def _check(self, model: Any, before: int) -> None:
+        """Refuse a run that cannot begin here, or go on from here.
+
+        Arguments:
+            model: what is trained.
+            before: what its optimizer had counted when the run had done no update.
+        """
+        given = given_schedule(model.optimizer)
+        if given is None:
+            check_begin(check_rate(model.optimizer, self.program.schedule), before)
+        elif given.begin != before:
+            self._give(model, before)
+        parts = accumulation(model.optimizer)
+        done = gradients(model.optimizer) - before * parts
+        due = (step * parts - done for step in self.program.schedule.snapshot_steps)
         check_epochs(tuple(each for each in due if each > 0), model.steps_per_execution, self.params["steps"])
 
     def _opened(self) -> Following:
@@ -233,5 +291,7 @@ _OPEN: dict[Path, SnapshotCallback] = {}
 """Callbacks whose run is open, by its directory: Keras tells nobody when a `fit` dies."""
 
 
-def _accumulation(optimizer: Any) -> int:
-    return innermost(optimizer).gradient_accumulation_steps or 1
+def _forget_traces(model: Any) -> None:
+    """Have Keras trace the update again, which an earlier `fit` has traced with the rate that was."""
+    if model.train_function is not None:
+        model.make_train_function(force=True)

@@ -5,6 +5,7 @@ Names of layers come from counters that the whole process shares, so a name here
 """
 
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -94,6 +95,33 @@ def reset_moments(model: Any, optimizer: Any) -> None:
             own.assign(new.value)
 
 
+def is_built(model: Any) -> bool:
+    """Return whether a model has all of its weights, as far as its layers know."""
+    return bool(model.weights) and all(layer.built for layer in model.layers)
+
+
+def random_state() -> dict[str, Any] | None:
+    """Return the states of PyTorch's generators as plain JSON; None on other backends, which have none.
+
+    Random layers keep a state among the model's variables, but those without a seed draw from these on PyTorch.
+    """
+    if keras.backend.backend() != "torch":
+        return None
+    torch = sys.modules["torch"]
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    return {"cpu": _hex(torch.get_rng_state()), "cuda": [_hex(state) for state in gpus]}
+
+
+def set_random_state(state: Mapping[str, Any] | None) -> None:
+    """Take back what `random_state` returned; nothing if the run was, or is now, on another backend."""
+    if state is None or keras.backend.backend() != "torch":
+        return
+    torch = sys.modules["torch"]
+    torch.set_rng_state(_bytes(state["cpu"]))
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all([_bytes(each) for each in state["cuda"]])
+
+
 def _training(model: Any, optimizer: Any) -> dict[str, Any]:
     weights = {id(variable) for variable in model.weights}
     random = [variable for variable in model.variables if id(variable) not in weights]
@@ -122,6 +150,14 @@ def _place(name: str) -> str:
     """Return what of a name decides: up to the number."""
     found = re.match(r"(?:[a-z]+/)*\d+(?=/)", name)
     return found.group() if found else name
+
+
+def _hex(state: Any) -> str:
+    return bytes(state.numpy()).hex()
+
+
+def _bytes(text: str) -> Any:
+    return sys.modules["torch"].frombuffer(bytearray.fromhex(text), dtype=sys.modules["torch"].uint8)
 
 
 def _dtype(variable: Any) -> Any:

@@ -117,7 +117,7 @@ class Stacked:
                 f"strategy 'stacked' needs Keras to run on {' or '.join(_VECTORISING)}, got {backend}, whose "
                 f"vectorized_map cannot run a model: {_INSTEAD}"
             )
-        self._forward = forward
+        self._forward, self._first = forward, members[0]
         self._stacks = [
             ops.stack([ops.convert_to_tensor(each) for each in same]) for same in zip(*members, strict=True)
         ]
@@ -130,9 +130,11 @@ class Stacked:
         """Return each member's probabilities, the member axis first.
 
         Raises:
-            DataError: the model does something that cannot be vectorised.
+            DataError: the model does something that cannot be vectorised; what fails one by one too, by its own error.
         """
         try:
             return ops.vectorized_map(lambda weights: self._forward(weights, args, kwargs), self._stacks)
-        except (RuntimeError, ValueError) as error:
-            raise DataError(f"{self._forward.model.name} cannot be run stacked: {error}; {_INSTEAD}") from error
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # the last is what Keras makes of JAX's
+            failed = error
+        self._forward(self._first, args, kwargs)  # where one member fails too, it is not for being stacked
+        raise DataError(f"{self._forward.model.name} cannot be run stacked: {failed}; {_INSTEAD}") from failed

@@ -1,12 +1,15 @@
 """Several members, one compiled function: the mean of their probabilities."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from snapcore import DataError
+from snapcore.members import Directory
+from snapcore_keras.activations import Activation
 from snapcore_keras.ensemble import SnapshotEnsemble as _KerasEnsemble
 from snapcore_keras.strategies import Forward, Loop, Strategy, Weights
 
@@ -53,8 +56,7 @@ class SnapshotEnsemble(_KerasEnsemble):
         members: each member's weights, arrays in the order of `model.weights`, as `model.get_weights()` gives them.
         model: built, of any kind: functional, sequential or a subclass.
         activation: from outputs to probabilities: `"softmax"` over the last axis, `"sigmoid"`, `"identity"` or a
-            callable. `"auto"` reads `from_logits` of the compiled loss, without one looks at the last layer, and takes
-            softmax if neither tells.
+            callable; or `"auto"`, which asks the compiled loss and the last layer, as `snapcore_keras` does.
         output: picks the tensor when the model returns something else, such as `lambda outputs: outputs[0]`.
         strategy: `"loop"`, one member after the other in one graph; or `"xla"`, the same compiled by XLA.
 
@@ -77,3 +79,47 @@ class SnapshotEnsemble(_KerasEnsemble):
         "loop": partial(_Graph, xla=False),
         "xla": partial(_Graph, xla=True),
     }
+
+    def __init__(
+        self,
+        members: Iterable[Sequence[NDArray[Any]]],
+        model: Any,
+        *,
+        activation: str | Activation = "softmax",
+        output: Callable[[Any], Any] | None = None,
+        strategy: str = "loop",
+    ) -> None:
+        super().__init__(members, model, activation=activation, output=output, strategy=strategy)
+
+    @classmethod
+    def load(
+        cls,
+        directories: Directory | Iterable[Directory],
+        model: Any,
+        *,
+        like: None = None,
+        last: int | None = None,
+        activation: str | Activation = "softmax",
+        output: Callable[[Any], Any] | None = None,
+        strategy: str = "loop",
+    ) -> Self:
+        """Load the members of one run, or of several.
+
+        Arguments:
+            directories: a run directory, or several; every file is checked against its digest.
+            model: the architecture, built, with any weights. It is not changed, and may be trained on.
+            like: nothing; where an adapter is given a function instead of a model, this says the weights' structure.
+            last: how many members of each run, counted from its end; default all. Unfinished ones are left out.
+            activation: from outputs to probabilities, see `SnapshotEnsemble`.
+            output: picks the tensor when the model returns something else.
+            strategy: how the members are run, see `SnapshotEnsemble`.
+
+        Raises:
+            StoreError: a directory holds no run, or fewer than `last` members.
+            CorruptSnapshotError: a file is not what was written.
+            DataError: a member's places and shapes are not the model's, it was written by another framework, or an
+                argument is unknown.
+        """
+        return super().load(
+            directories, model, like=like, last=last, activation=activation, output=output, strategy=strategy
+        )

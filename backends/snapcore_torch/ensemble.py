@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snapcore import DataError, StoreError
+from snapcore.ensemble import ALREADY_PROBABILITIES, are_probabilities, refuse_one_output
 from snapcore.members import Directory, member_files
 from snapcore.tuning import ROUNDS, TOLERANCE, TuningReport, deviation, tune
 from snapcore_torch.state import check_module_fit, named_tensors, plain_name, to_numpy, unwrapped
@@ -124,7 +125,8 @@ class SnapshotEnsemble(nn.Module):
         """Return the members' mean probabilities.
 
         Raises:
-            DataError: the first batch's outputs already are probabilities, or the strategy cannot run the model.
+            DataError: softmax cannot be right, since the first batch's outputs already are probabilities, or there is
+                one output; or the strategy cannot run the model.
         """
         if self._strategy == "stacked":
             return self._run_stacked(args, kwargs).mean(0)
@@ -254,11 +256,7 @@ def _like(tensor: Tensor, loaded: Tensor) -> Tensor:
 
 
 def _refuse_probabilities(outputs: Tensor) -> None:
-    if outputs.numel() == 0 or not outputs.is_floating_point():
-        return
-    sums = outputs.detach().double().sum(-1)
-    if bool(((outputs >= 0).all()) & ((sums - 1).abs() < 1e-3).all()):
-        raise DataError(
-            "the model's outputs already are probabilities (none below 0, rows that sum to 1), and softmax of them "
-            "would be wrong: pass activation='identity'"
-        )
+    refuse_one_output(outputs.shape)
+    # Not on the host: inside torch.func a tensor cannot be brought there, but one bool can.
+    if outputs.is_floating_point() and are_probabilities(outputs.detach().float(), half=outputs.dtype in _HALF):
+        raise DataError(ALREADY_PROBABILITIES)

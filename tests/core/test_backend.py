@@ -63,7 +63,8 @@ def test_a_backend_that_is_not_registered_at_all_names_the_extra(monkeypatch):
     monkeypatch.setattr(backend, "entry_points", lambda *, group: [])
     assert available_backends() == {}
     with pytest.raises(
-        BackendNotFoundError, match=r"known: jax, torch\. Install it with: pip install 'snapcore\[torch\]'"
+        BackendNotFoundError,
+        match=r"known: jax, keras, tensorflow, torch\. Install it with: pip install 'snapcore\[torch\]'",
     ):
         load_backend("torch")
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapcore import ensemble
-from snapcore.ensemble import combine, prefix_curve
+from snapcore.ensemble import are_probabilities, combine, prefix_curve, refuse_probabilities
 from snapcore.errors import DataError
 from snapcore.metrics import brier, nll, score
 
@@ -306,6 +306,50 @@ def test_a_curve_of_logits_names_the_member_and_the_cure():
 def test_a_curve_of_no_members_is_refused(nothing):
     with pytest.raises(DataError, match="at least one member is required"):
         prefix_curve(nothing, [0])
+
+
+@given(ensembles())
+def test_a_softmax_is_recognised_and_its_logits_are_not(data):
+    probabilities, _ = data
+    for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64):
+        with pytest.raises(DataError, match=r"already are probabilities .*pass activation='identity'"):
+            refuse_probabilities(probabilities.astype(dtype))
+        refuse_probabilities((np.log(probabilities) - 3).astype(dtype))  # all of them below 0
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_probabilities_may_be_off_by_what_it_rounds(dtype):
+    exact = np.full((2, 1000), 1 / 1000)
+    rounded = exact.astype(dtype)
+    assert abs(rounded.astype(np.float64).sum(-1) - 1).max() > 1e-5
+    off = np.array([[0.5, 0.49]])
+    for outputs in (rounded, off.astype(dtype)):
+        with pytest.raises(DataError, match="already are probabilities"):
+            refuse_probabilities(outputs)
+    refuse_probabilities(off)
+    refuse_probabilities(np.array([[0.5, 0.45]]).astype(dtype))
+
+
+NEARLY = [[[0.5, 0.5], [0.9, 0.3]], [[1.5, -0.5]], [[np.nan, 1.0]], np.eye(3, dtype=int)]
+
+
+@pytest.mark.parametrize("outputs", [*NEARLY, np.empty((0, 2)), np.empty((2, 0)), 1.0])
+def test_what_only_looks_a_little_like_probabilities_passes(outputs):
+    refuse_probabilities(np.asarray(outputs))
+
+
+@pytest.mark.parametrize("outputs", [np.empty((0, 1)), np.ones((3, 1)), np.ones((2, 5, 1), np.int32), np.ones(1)])
+def test_softmax_over_one_output_is_refused(outputs):
+    with pytest.raises(DataError, match=r"softmax over one output is 1 whatever it is: pass activation='sigmoid'"):
+        refuse_probabilities(outputs)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_every_row_must_be_of_probabilities(number):
+    outputs = np.full((2, 4), 0.25)
+    assert are_probabilities(outputs)
+    outputs[number] *= 2
+    assert not are_probabilities(outputs)
 
 
 def test_the_examples_in_the_docstrings_hold():

@@ -177,6 +177,12 @@ def test_a_schedule_alone_means_its_snapshots_and_nothing_in_between():
     assert Cursor(SIXTY).program == as_program(SIXTY)
 
 
+@pytest.mark.parametrize("other", [0.1, "snapshot", CosineCycles, None])
+def test_what_is_neither_a_schedule_nor_a_program_is_refused(other):
+    with pytest.raises(ProtocolError, match=r"a schedule, such as .*, or a program from snapcore\.program; got "):
+        as_program(other)
+
+
 def test_instructions_cannot_be_changed():
     for instruction in program("star", lr=0.2, steps=60, cycles=2):
         for field in fields(instruction):

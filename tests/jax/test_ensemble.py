@@ -226,6 +226,29 @@ def test_logits_that_only_look_a_little_like_probabilities_pass(logits):
     assert SnapshotEnsemble([{}], lambda _, x: x)(logits).shape == logits.shape
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_probabilities_in_half_precision_are_recognised_though_their_sums_are_rounded(dtype):
+    off = jnp.array([[0.5, 0.49]])  # in half precision as good as 1
+    assert SnapshotEnsemble([{}], lambda _, x: x)(off).shape == (1, 2)
+    with pytest.raises(DataError, match="already are probabilities"):
+        SnapshotEnsemble([{}], lambda _, x: x)(off.astype(dtype))
+
+
+@pytest.mark.parametrize("strategy", ONE_DEVICE)
+def test_softmax_of_one_output_is_refused_since_it_is_one_whatever_it_is(strategy):
+    trees = [jnp.array([[1.0], [0.5], [-1.0]]), jnp.array([[0.0], [2.0], [1.0]])]
+
+    def apply_fn(weights, x):
+        return x @ weights
+
+    ensemble = SnapshotEnsemble(trees, apply_fn, strategy=strategy)
+    for ask in (ensemble, ensemble.members, jax.jit(ensemble), ensemble):
+        with pytest.raises(DataError, match=r"softmax over one output is 1 .* activation='sigmoid'"):
+            ask(X)
+    found = SnapshotEnsemble(trees, apply_fn, activation="sigmoid", strategy=strategy)(X)
+    np.testing.assert_allclose(found, sum(jax.nn.sigmoid(X @ tree) for tree in trees) / 2, atol=1e-6)
+
+
 def test_only_the_first_batch_is_checked():
     ensemble = SnapshotEnsemble([{}], lambda _, x: x)
     ensemble(jnp.array([[3.0, -1.0]]))

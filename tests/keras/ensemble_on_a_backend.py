@@ -72,10 +72,73 @@ class Probable(keras.Model):
         return ops.softmax(self.out(inputs))
 
 
+class Longest(keras.Model):
+    """Of no length in particular."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = layers.Dense(4)
+
+    def call(self, inputs):
+        return self.out(ops.max(inputs, 1))
+
+
+def of_any_length():
+    model = Longest()
+    model(np.zeros((1, 2, 3), np.float32))
+    ensemble = SnapshotEnsemble([model.get_weights()], model)
+    for length in (2, 7):
+        batch = np.sin(np.arange(5 * length * 3, dtype=np.float32)).reshape(5, length, 3)
+        close(ensemble.predict(batch, batch_size=3), ops.convert_to_numpy(ensemble(batch)))
+    print("lengths")
+
+
+class Unstackable(keras.Model):
+    """Asks for a value amid its call."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = layers.Dense(4)
+
+    def call(self, inputs):
+        outputs = self.out(inputs)
+        return outputs * float(ops.max(ops.abs(outputs)))
+
+
+class Failing(Longest):
+    """Refuses batches of two examples."""
+
+    def call(self, inputs):
+        if len(inputs) == 2:
+            raise ValueError("two are too few")
+        return super().call(inputs)
+
+
+def errors_are_told_apart():
+    model = Unstackable()
+    model(x)
+    ensemble = SnapshotEnsemble([model.get_weights()], model, strategy="stacked")
+    with pytest.raises(DataError, match=r"(?s)cannot be run stacked.*use strategy='loop'"):
+        ensemble(x)
+    model, batch = Failing(), np.ones((3, 2, 3), np.float32)
+    model(batch)
+    ensemble = SnapshotEnsemble([model.get_weights()], model, strategy="stacked")
+    ensemble(batch)
+    with pytest.raises(ValueError, match="two are too few") as caught:
+        ensemble(batch[:2])
+    assert not isinstance(caught.value, DataError)
+    print("errors")
+
+
 def refuse_probabilities():
     model = Probable()
     model(x)
     for strategy in ("loop", "stacked"):
+        if backend == "jax":
+            with pytest.raises(DataError, match="already are probabilities"):
+                jitted(SnapshotEnsemble([model.get_weights()], model, strategy=strategy))(x)
+        with pytest.raises(DataError, match="already are probabilities"):
+            SnapshotEnsemble([model.get_weights()], model, strategy=strategy).functional(x)
         with pytest.raises(DataError, match="already are probabilities"):
             SnapshotEnsemble([model.get_weights()], model, strategy=strategy)(x)
     print("refused")
@@ -119,6 +182,8 @@ def bfloat16_bit_for_bit():
 
 assert keras.backend.backend() == backend
 by_every_strategy()
+of_any_length()
+errors_are_told_apart()
 refuse_probabilities()
 amid_training()
 bfloat16_bit_for_bit()

@@ -1,10 +1,10 @@
-"""Fit under the callback on what KERAS_BACKEND says: `python fit_on_a_backend.py begin|go_on folder`.
+"""Fit under the callback on what KERAS_BACKEND says, `python fit_on_a_backend.py folder`; write what was seen as JSON.
 
-`begin` leaves two runs in the middle and dies; `go_on` ends them, does the others, and writes what it saw as JSON.
+What a kill leaves is what lies in the folder at that moment: a copy of it is gone on with.
 """
 
 import json
-import os
+import shutil
 import sys
 import time
 import warnings
@@ -44,22 +44,29 @@ class Watch(keras.callbacks.Callback):
 
 
 class Die(keras.callbacks.Callback):
-    """Ends training as an error does, after so many batches, once a point of the run is on disk."""
+    """Ends training after so many batches, once a point is on disk; leaves a copy of the folder as it is then."""
 
-    def __init__(self, run, after, step):
+    def __init__(self, folder, after, step):
         super().__init__()
-        self.run, self.left, self.step = run, after, step
+        self.folder, self.left, self.step = folder, after, step
 
     def on_train_batch_end(self, batch, logs=None):
         self.left -= 1
         if not self.left:
-            while len(SnapshotStore(self.run).members) < self.step[0] or self.point() != self.step[1]:
+            run = self.folder / "run"
+            while len(SnapshotStore(run).members) < self.step[0] or self.point(run) != self.step[1]:
                 time.sleep(0.01)
+            shutil.copytree(self.folder, killed(self.folder))
             raise InterruptedError
 
-    def point(self):
-        point = read_point(self.run)
+    def point(self, run):
+        point = read_point(run)
         return point and point.state["place"]["step"]
+
+
+def killed(folder):
+    """Where the copy is."""
+    return folder.with_name(f"{folder.name} killed")
 
 
 class Counted(SnapshotCallback):
@@ -75,13 +82,24 @@ class Counted(SnapshotCallback):
 
 def network(cycles, rate=None, *, dropout=True, **options):
     keras.utils.set_random_seed(1)
-    drop = [layers.Dropout(0.2, seed=3)] if dropout else []
+    drop = [layers.Dropout(0.2, seed=3), layers.Dropout(0.1)] if dropout else []
     model = keras.Sequential([keras.Input((4,)), layers.Dense(8), layers.BatchNormalization(), *drop, layers.Dense(1)])
     model.compile(keras.optimizers.SGD(rate or SnapshotSchedule(cycles), momentum=0.9), "mse", **options)
     return model
 
 
-def fit(model, *callbacks, epochs=4, **options):
+def loader():
+    """Return data that no draw from PyTorch's own generators is made for, where Keras runs on it; None elsewhere."""
+    if keras.backend.backend() != "torch":
+        return None
+    torch = sys.modules["torch"]
+    rows = torch.utils.data.TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
+    return torch.utils.data.DataLoader(rows, batch_size=4, generator=torch.Generator())
+
+
+def fit(model, *callbacks, epochs=4, data=None, **options):
+    if data is not None:
+        return model.fit(data, epochs=epochs, callbacks=[*callbacks], verbose=0, **options)
     options = {"batch_size": 4, "verbose": 0, "shuffle": False, **options}
     return model.fit(X, Y, epochs=epochs, callbacks=[*callbacks], **options)
 
@@ -102,44 +120,78 @@ def backup(folder):
     return keras.callbacks.BackupAndRestore(folder / "backup", save_freq="epoch")
 
 
-def begin(folder):
-    for name, cycles, others, when in (
-        ("own", LONG, [], (20, (1, 12))),
-        ("beside", SHORT, [backup(folder)], (17, (2, 16))),
-    ):
-        try:
-            callback = SnapshotCallback(folder / name, cycles)
-            fit(network(cycles, dropout=not others), callback, *others, Die(folder / name, *when))
-        except InterruptedError:
-            continue
-    os._exit(9)
+def resumed(folder, cycles, when, *, beside=False):
+    """Return how many batches a killed run took to go on, and whether its members are those of one never stopped.
 
+    Arguments:
+        folder: its own.
+        cycles: of the run.
+        when: after which batch to die, with how many members on disk, and the resume point of which update.
+        beside: whether a backup puts the model where it goes on.
+    """
 
-def resumed(folder, name, cycles, *others):
-    """Return where it went on, how many batches it took, and whether the members are those of a run never stopped."""
-    watch, left = Watch(), SnapshotCallback(folder / name, cycles)
-    fit(network(cycles, dropout=not others), left, *others, watch)
+    def others(place):
+        return [backup(place)] if beside else []
+
+    callback = SnapshotCallback(folder / "run", cycles)
+    try:
+        fit(network(cycles, dropout=not beside), callback, *others(folder), Die(folder, *when), data=loader())
+    except InterruptedError:
+        callback.close()
+    watch, left = Watch(), killed(folder)
+    fit(
+        network(cycles, dropout=not beside), SnapshotCallback(left / "run", cycles), *others(left), watch, data=loader()
+    )
     unbroken = Watch()
-    fit(network(cycles, dropout=not others), SnapshotCallback(folder / f"{name} unbroken", cycles), unbroken)
+    fit(network(cycles, dropout=not beside), SnapshotCallback(folder / "unbroken", cycles), unbroken, data=loader())
     expected = {step: unbroken.weights[step] for step in cycles.snapshot_steps}
-    found = members(folder / name)
     return {
         "batches": len(watch.weights),
-        "same": same(found, expected) and same(members(folder / f"{name} unbroken"), expected),
+        "same": same(members(left / "run"), expected) and same(members(folder / "unbroken"), expected),
     }
 
 
 def rates(folder, plain):
-    """Return the rate of every update, and the members' steps."""
+    """Return the rate of every update, and the members' steps, of one run or of two by one optimizer."""
     model = keras.Sequential([keras.Input((4,)), layers.Dense(1, use_bias=False)])
     model.compile(Shown(0.7 if plain else SnapshotSchedule(SHORT)), "mse")
-    watch, directory = Watch(), folder / f"rates {plain}"
-    fit(model, SnapshotCallback(directory, SHORT), watch)
-    return {
-        "rates": [float(watch.weights[step][0].max()) for step in sorted(watch.weights)],
-        "steps": [*members(directory)],
-        "same": same(members(directory), {step: watch.weights[step] for step in SHORT.snapshot_steps}),
-    }
+    shown, found, as_seen = [], [], True
+    for cycles in (SHORT, LONG) if plain else (SHORT,):
+        watch, directory = Watch(), folder / f"rates {plain} {cycles.cycles}"
+        fit(model, SnapshotCallback(directory, cycles), watch)
+        shown.append([float(watch.weights[step][0].max()) for step in sorted(watch.weights)])
+        found.append([*members(directory)])
+        as_seen &= same(members(directory), {step: watch.weights[step] for step in cycles.snapshot_steps})
+    return {"rates": shown, "steps": found, "same": as_seen}
+
+
+def accumulated(folder):
+    """Return the rates of the updates of two micro-batches each that an optimizer of a bare schedule does."""
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(1, use_bias=False)])
+    model.compile(Shown(SnapshotSchedule(SHORT), gradient_accumulation_steps=2), "mse")
+    watch = Watch()
+    fit(model, SnapshotCallback(folder / "accumulated", SHORT), watch, epochs=8)
+    return [float(watch.weights[2 * step][0].max()) for step in range(1, 25)]
+
+
+def unbuilt(folder):
+    """Return whether the members of a model that `fit` builds are what another callback sees."""
+    model, watch = keras.Sequential([layers.Dense(8), layers.Dense(1)]), Watch()
+    model.compile(keras.optimizers.SGD(SnapshotSchedule(SHORT), momentum=0.9), "mse")
+    fit(model, SnapshotCallback(folder / "unbuilt", SHORT), watch)
+    return same(members(folder / "unbuilt"), {step: watch.weights[step] for step in SHORT.snapshot_steps})
+
+
+def error_in(floatx):
+    """Return the largest error of a rate, by the first rate, where Keras' float type is that."""
+    own = keras.config.floatx()
+    keras.config.set_floatx(floatx)
+    try:
+        rate = SnapshotSchedule(SHORT)
+        found = [float(ops.convert_to_numpy(ops.cast(rate(step), "float32"))) for step in range(24)]
+    finally:
+        keras.config.set_floatx(own)
+    return max(abs(each - SHORT(step)) for step, each in enumerate(found)) / SHORT.lr
 
 
 def looks(folder):
@@ -172,13 +224,16 @@ def at_once(folder):
     return [*members(folder / "at once")]
 
 
-def go_on(folder):
+def main(folder):
     seen = {
         "backend": keras.backend.backend(),
-        "own": resumed(folder, "own", LONG),
-        "beside": resumed(folder, "beside", SHORT, backup(folder)),
+        "own": resumed(folder / "own", LONG, (20, (1, 12))),
+        "beside": resumed(folder / "beside", SHORT, (17, (2, 16)), beside=True),
         "schedule": rates(folder, plain=False),
         "plain": rates(folder, plain=True),
+        "accumulated": accumulated(folder),
+        "unbuilt": unbuilt(folder),
+        "half": [error_in("bfloat16"), error_in("float16")],
         "looks": looks(folder),
         "alone": alone(folder),
         "at once": at_once(folder),
@@ -187,4 +242,4 @@ def go_on(folder):
 
 
 if __name__ == "__main__":
-    {"begin": begin, "go_on": go_on}[sys.argv[1]](Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -12,6 +12,7 @@ from snapcore.store import SnapshotStore
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "keras_fit.py"
 BACKENDS = ("tensorflow", "jax", "torch")
+pytestmark = pytest.mark.xdist_group("keras examples")  # each is run once
 
 
 @pytest.fixture(scope="module")

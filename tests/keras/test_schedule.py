@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from snapcore import CosineCycles, CycleWarning, ScheduleError, StepDecay
-from snapcore_keras.schedule import SnapshotSchedule, check_rate
+from snapcore import CosineCycles, CycleWarning, ProtocolError, ScheduleError, StepDecay, program
+from snapcore_keras.schedule import SnapshotSchedule, check_rate, give_schedule, given_schedule, tell_accumulation
 
 CYCLES = CosineCycles(lr=0.1, steps=60, cycles=3)
 
@@ -113,12 +113,58 @@ def test_an_optimizer_of_the_same_cycles_is_recognized_also_within_one_that_scal
     [
         (keras.optimizers.schedules.CosineDecay(0.1, 60), {}, "a schedule of its own, CosineDecay: build it with"),
         (SnapshotSchedule(CosineCycles(0.1, 80, 4)), {}, "steps=80, cycles=4.*steps=60, cycles=3"),
-        (SnapshotSchedule(CYCLES), {"gradient_accumulation_steps": 4}, "gradient_accumulation_steps=4"),
+        (
+            SnapshotSchedule(CYCLES, gradient_accumulation_steps=2),
+            {"gradient_accumulation_steps": 4},
+            "accumulates 4 .* counts 2: .*gradient_accumulation_steps=4",
+        ),
     ],
 )
 def test_a_schedule_that_does_not_agree_is_refused_with_the_cure(rate, options, told):
+    optimizer = keras.optimizers.SGD(rate, **options)
+    assert not tell_accumulation(optimizer)
     with pytest.raises(ScheduleError, match=told):
-        check_rate(keras.optimizers.SGD(rate, **options), CYCLES)
+        check_rate(optimizer, CYCLES)
+
+
+def again(optimizer):
+    return type(optimizer).from_config(optimizer.get_config())
+
+
+def test_a_schedule_learns_from_its_optimizer_how_many_gradients_make_an_update():
+    bare = SnapshotSchedule(CYCLES, begin=2)
+    optimizers = [again(keras.optimizers.SGD(bare, gradient_accumulation_steps=parts)) for parts in (2, 3)]
+    for parts, optimizer in zip((2, 3), optimizers, strict=True):
+        assert tell_accumulation(optimizer)
+        assert not tell_accumulation(optimizer)
+        rate = check_rate(again(optimizer), CYCLES)
+        expected = [CYCLES(max(0, step // parts - 2)) for step in range(12)]
+        assert [float(rate(step)) for step in range(12)] == pytest.approx(expected, rel=1e-5)
+    assert bare.gradient_accumulation_steps is None  # one schedule may serve several optimizers
+    assert float(bare(3)) == pytest.approx(CYCLES(1), rel=1e-5)
+
+
+def test_a_schedule_learns_nothing_once_updates_were_counted():
+    optimizer = keras.optimizers.SGD(SnapshotSchedule(CYCLES), gradient_accumulation_steps=2)
+    optimizer._iterations.assign(2)
+    assert not tell_accumulation(optimizer)
+    with pytest.raises(ScheduleError, match=r"new optimizer with .*gradient_accumulation_steps=2"):
+        check_rate(optimizer, CYCLES)
+
+
+def test_a_schedule_given_in_the_place_of_a_plain_rate_is_known_as_that_after_saving():
+    optimizer = keras.optimizers.SGD(0.1)
+    give_schedule(optimizer, CYCLES, 7)
+    given = given_schedule(again(optimizer))
+    assert (given.cycles, given.begin) == (CYCLES, 7)
+    assert given_schedule(keras.optimizers.SGD(SnapshotSchedule(CYCLES))) is None
+
+
+def test_a_schedule_of_a_program_is_the_programs_and_of_a_number_none():
+    plan = program("star", lr=0.1, steps=60, cycles=3)
+    assert SnapshotSchedule(plan).cycles == CYCLES
+    with pytest.raises(ProtocolError, match=r"a schedule, such as .*, or a program .*; got 0\.1"):
+        SnapshotSchedule(0.1)
 
 
 def test_a_function_as_a_rate_is_refused():

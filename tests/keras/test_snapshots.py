@@ -1,5 +1,6 @@
 """The callback for `fit`: what it counts, when it takes snapshots, and where it goes on."""
 
+import copy
 import math
 import os
 import signal
@@ -26,6 +27,7 @@ from snapcore.resume import read_point
 from snapcore.store import SnapshotStore
 from snapcore_keras import SnapshotCallback, SnapshotSchedule
 from snapcore_keras.executions import check_cycles
+from snapcore_keras.following import Following
 
 BACKENDS = ("tensorflow", "jax", "torch")
 SHORT = CosineCycles(0.02, 24, 3)  # epochs have 6 batches
@@ -79,9 +81,33 @@ def test_members_and_rates_are_the_same_on_every_backend(seen, backend, mode):
     """The rates differ by the backend in Keras' CosineDecayRestarts."""
     found = seen[backend][mode]
     assert seen[backend]["backend"] == backend
-    assert found["steps"] == [8, 16, 24]
+    assert found["steps"][0] == [8, 16, 24]
     assert found["same"]  # as a plain callback sees them
-    assert found["rates"] == pytest.approx([formula(step) for step in range(24)], abs=4e-7 * 0.02, rel=0)
+    assert found["rates"][0] == pytest.approx([formula(step) for step in range(24)], abs=4e-7 * 0.02, rel=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_plain_rate_may_have_run_after_run_of_whatever_cycles(seen, backend):
+    found = seen[backend]["plain"]
+    assert found["steps"][1] == [12, 24]
+    expected = [formula(step, CosineCycles(0.02, 24, 2)) for step in range(24)]
+    assert found["rates"][1] == pytest.approx(expected, abs=4e-7 * 0.02, rel=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bare_schedule_counts_the_updates_that_gradients_are_accumulated_to(seen, backend):
+    expected = [formula(step) for step in range(24)]
+    assert seen[backend]["accumulated"] == pytest.approx(expected, abs=4e-7 * 0.02, rel=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_that_fit_builds_is_followed_from_its_first_batch(seen, backend):
+    assert seen[backend]["unbuilt"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rates_do_not_have_the_rounding_of_half_floats(seen, backend):
+    assert max(seen[backend]["half"]) < 4e-7  # that of bfloat16 is 2e-3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -286,11 +312,126 @@ def test_updates_that_the_run_has_not_seen_are_refused_unless_the_schedule_begin
     assert steps(tmp_path / "run") == [8, 16, 24]
 
 
-def test_a_model_that_is_not_built_is_refused(fits, tmp_path):
+class Built(keras.Model):
+    """Has a part with weights, and one that gets them in the first batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = keras.Sequential([keras.Input((4,)), layers.Dense(8)])
+        self.head = layers.Dense(1)
+
+    def call(self, x):
+        return self.head(self.body(x))
+
+
+def head(**options):
     model = keras.Sequential([layers.Dense(1)])
-    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.compile(keras.optimizers.SGD(0.1), "mse", **options)
+    return model
+
+
+@pytest.mark.parametrize("accumulation", [None, 3])
+def test_a_model_that_is_built_in_part_is_followed_with_all_its_weights(fits, tmp_path, accumulation):
+    model, watch = Built(), fits.Watch()
+    model.compile(keras.optimizers.SGD(SnapshotSchedule(SHORT), gradient_accumulation_steps=accumulation), "mse")
+    fits.fit(model, SnapshotCallback(tmp_path / "run", SHORT, resume=False), watch, epochs=20)
+    parts = accumulation or 1
+    assert len(watch.weights) == 24 * parts
+    assert len(watch.weights[1]) == 4  # kernel and bias of both
+    assert fits.same(fits.members(tmp_path / "run"), {step: watch.weights[step * parts] for step in (8, 16, 24)})
+
+
+def test_a_run_is_not_gone_on_with_a_model_that_is_not_built(fits, tmp_path):
+    callback = SnapshotCallback(tmp_path / "run", SHORT)
+    with pytest.raises(InterruptedError):
+        fits.fit(head(), callback, At(12, die))
+    callback.close()
     with pytest.raises(DataError, match="build it first"):
+        fits.fit(head(), SnapshotCallback(tmp_path / "run", SHORT))
+    model = head()
+    model.build((None, 4))
+    fits.fit(model, SnapshotCallback(tmp_path / "run", SHORT))
+    assert steps(tmp_path / "run") == [8, 16, 24]
+
+
+def test_a_model_that_is_not_built_must_not_be_past_a_snapshot_after_its_first_execution(fits, tmp_path):
+    class Often(keras.Sequential):
+        def train_step(self, data):
+            for _ in range(8):
+                super().train_step(data)
+            return super().train_step(data)
+
+    model = Often([layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    with pytest.raises(ProtocolError, match=r"whose 9 updates lead past the snapshot due after 8: build it first"):
         fits.fit(model, SnapshotCallback(tmp_path / "run", SHORT))
+
+
+def test_executions_that_do_not_fit_are_refused_before_a_model_is_built(fits, tmp_path):
+    model = head(steps_per_execution=4)
+    with pytest.raises(ProtocolError, match="due 8 batches from here"):
+        fits.fit(model, SnapshotCallback(tmp_path / "run", SHORT))
+    assert not model.weights
+
+
+def test_an_old_run_stays_where_a_new_one_is_refused(fits, tmp_path):
+    model, cut = fits.network(SHORT), fits.network(SHORT, steps_per_execution=4)
+    fits.fit(model, SnapshotCallback(tmp_path / "run", SHORT))
+    for one, told in ((model, "begin=24"), (cut, "due 8 batches from here")):
+        with pytest.raises(ProtocolError, match=told):
+            fits.fit(one, SnapshotCallback(tmp_path / "run", SHORT, resume=False))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert steps(tmp_path / "run") == [8, 16, 24]
+
+
+def test_a_plain_rate_goes_on_in_its_own_run_and_begins_in_another(fits, tmp_path, unbroken):
+    model = fits.network(SHORT, 0.7)
+    for epochs in (1, 2):
+        fits.fit(model, SnapshotCallback(tmp_path / "one", SHORT, resume=False), epochs=epochs)
+    model.save(tmp_path / "model.keras")
+    fits.fit(model, SnapshotCallback(tmp_path / "other", SHORT))
+    model = keras.models.load_model(tmp_path / "model.keras")
+    fits.fit(model, SnapshotCallback(tmp_path / "one", SHORT), epochs=1)
+    assert fits.same(fits.members(tmp_path / "one"), unbroken)
+    assert steps(tmp_path / "other") == [8, 16, 24]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.keras", "one", "other"]
+
+
+def test_a_plain_rate_goes_on_also_if_the_optimizer_had_counted_before_the_run(fits, tmp_path):
+    watch, rates = fits.Watch(), [formula(step) for step in range(24)]
+    model = shown(fits, 0.7)
+    fits.fit(model, epochs=1)
+    callback = SnapshotCallback(tmp_path / "run", SHORT)
+    with pytest.raises(InterruptedError):
+        fits.fit(model, callback, At(16, die))
+    callback.close()
+    fits.fit(shown(fits, 0.7), SnapshotCallback(tmp_path / "run", SHORT), watch)
+    found = [float(weights[0].max()) for weights in watch.weights.values()]
+    assert found == pytest.approx(rates[16:], abs=4e-7 * 0.02, rel=0)
+
+
+def test_a_loop_of_ones_own_has_its_schedule_told_of_accumulated_gradients(fits, tmp_path):
+    model = shown(fits, SnapshotSchedule(SHORT), gradient_accumulation_steps=2)
+    following = Following(tmp_path / "run", SHORT, model, model.optimizer, framework="keras")
+    for batch in range(24):
+        model.train_on_batch(fits.X, fits.Y)
+        if following.called():
+            following.look()
+        if batch % 2:
+            assert model.get_weights()[0].max() == pytest.approx(formula(batch // 2), rel=1e-5)
+    following.settle()
+    following.recorder.close()
+    assert read_point(tmp_path / "run").state["place"]["step"] == 12
+
+
+def test_a_callback_may_be_copied(fits, tmp_path, unbroken):
+    fits.fit(fits.network(SHORT), copy.deepcopy(SnapshotCallback(tmp_path / "run", SHORT)))
+    assert fits.same(fits.members(tmp_path / "run"), unbroken)
+
+
+def test_a_number_is_no_program(tmp_path):
+    with pytest.raises(ProtocolError, match=r"a schedule, such as .*, or a program .*; got 0\.1"):
+        SnapshotCallback(tmp_path / "run", 0.1)
 
 
 @pytest.mark.parametrize("anew", [False, True])

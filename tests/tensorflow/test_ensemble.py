@@ -182,3 +182,41 @@ def test_stacking_is_refused_by_name():
     model = sequential()
     with pytest.raises(DataError, match=r"strategy must be one of \['loop', 'xla'\], got 'stacked'"):
         SnapshotEnsemble([model.get_weights()], model, strategy="stacked")
+
+
+def test_softmax_is_the_default_whatever_the_loss_tells_and_probabilities_are_refused_at_the_first_use(tmp_path):
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, layers.Dense(4, activation="softmax")(inputs))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    directory = write(tmp_path / "run", *members_of(model, 1)[0])
+    ensembles = SnapshotEnsemble.load(directory, model), SnapshotEnsemble([model.get_weights()], model)
+    for ensemble in ensembles:
+        with pytest.raises(DataError, match=r"already are probabilities.*activation='identity'"):
+            ensemble(X)
+    members = SnapshotEnsemble.load(directory, model, activation="identity")(X)
+    np.testing.assert_array_equal(SnapshotEnsemble.load(directory, model, activation="auto")(X), members)
+
+
+class Probable(Counting):
+    """Gives probabilities in a way that nothing tells."""
+
+    def call(self, x, training=False):
+        return ops.softmax(super().call(x, training=training))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_probabilities_are_noticed_within_a_graph_of_the_callers(strategy):
+    model = Probable()
+    model(X)
+    ensemble = SnapshotEnsemble([model.get_weights()], model, strategy=strategy)
+    shapes = tf.TensorSpec((None, 3), tf.float32)
+    for _ in range(2):
+        with pytest.raises(DataError, match="already are probabilities"):
+            tf.function(ensemble, input_signature=[shapes], autograph=False)(X)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_softmax_of_one_output_is_refused(strategy):
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
+    with pytest.raises(DataError, match="softmax over one output is 1"):
+        SnapshotEnsemble([model.get_weights()], model, strategy=strategy)(X)

@@ -208,6 +208,37 @@ def test_logits_that_only_look_a_little_like_probabilities_pass():
         assert SnapshotEnsemble([nn.Identity()])(logits).shape == logits.shape
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_probabilities_in_half_precision_are_recognised_though_their_sums_are_rounded(dtype):
+    members = [nn.Sequential(nn.Linear(3, 200), nn.Softmax(-1)).to(dtype)]
+    with pytest.raises(DataError, match="already are probabilities"):
+        SnapshotEnsemble(members)(X.to(dtype))
+    off = torch.tensor([[0.5, 0.49]])  # in half precision as good as 1
+    assert SnapshotEnsemble([nn.Identity()])(off).shape == (1, 2)
+    with pytest.raises(DataError, match="already are probabilities"):
+        SnapshotEnsemble([nn.Identity()])(off.to(dtype))
+
+
+@pytest.mark.parametrize("strategy", ["loop", "stacked"])
+def test_softmax_of_one_output_is_refused_since_it_is_one_whatever_it_is(strategy):
+    members = [nn.Linear(3, 1) for _ in range(2)]
+    for method in ("__call__", "members"):
+        with pytest.raises(DataError, match=r"softmax over one output is 1 .* activation='sigmoid'"):
+            getattr(SnapshotEnsemble(members, strategy=strategy), method)(X)
+    by_hand = sum(member(X).sigmoid() for member in members) / 2
+    torch.testing.assert_close(SnapshotEnsemble(members, activation="sigmoid")(X), by_hand)
+
+
+def test_the_first_batch_is_checked_inside_functional_transforms_too():
+    linear = nn.Linear(3, 4)
+    logits, probabilities = SnapshotEnsemble([linear]), SnapshotEnsemble([nn.Softmax(-1)])
+    found = torch.func.grad(lambda x: logits(x)[:, 0].sum())(X)
+    by_hand = torch.func.grad(lambda x: linear(x).softmax(-1)[:, 0].sum())(X)
+    torch.testing.assert_close(found, by_hand)
+    with pytest.raises(DataError, match="already are probabilities"):
+        torch.func.grad(lambda x: probabilities(x)[:, 0].sum())(X)
+
+
 def test_only_the_first_batch_is_checked_so_that_later_ones_cost_nothing():
     ensemble = SnapshotEnsemble([nn.Identity()])
     ensemble(torch.tensor([[3.0, -1.0]]))
