@@ -2,7 +2,7 @@
 
 As a program it prints what `fit` takes with the callback and without, on the backend that `KERAS_BACKEND` names:
 
-    python -m tests.bench.keras_workloads DIRECTORY PAIRS
+    python -m tests.bench.keras_workloads DIRECTORY PAIRS mlp|cnn
 """
 
 import json
@@ -22,7 +22,8 @@ from snapcore_keras.models import MODELS
 
 from .compare import Contender
 
-LR, BATCH, EPOCHS, STEPS = 0.05, 64, 4, 100
+LR, BATCH, EPOCHS = 0.05, 64, 4
+STEPS = {"mlp": 100, "cnn": 15}
 LONG = CosineCycles(lr=LR, steps=10**6, cycles=2)  # nothing is due while anything is timed
 
 
@@ -40,12 +41,19 @@ class Clock(keras.callbacks.Callback):
         self.seconds += (time.perf_counter() - self._began) if epoch else 0.0
 
 
-def fitting(directory: Path | None) -> Callable[[], float]:
-    """Return what fits the built-in perceptron to noise, and gives seconds per update: with a callback, or without."""
+class Empty(keras.callbacks.Callback):
+    """Do nothing at the end of a batch, for which Keras brings the batch's loss to the host."""
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        pass
+
+
+def fitting(name: str, callbacks: Callable[[int], list[Any]]) -> Callable[[], float]:
+    """Return what fits a built-in model to noise, and gives seconds per update, with callbacks of their own a time."""
     random = np.random.default_rng(0)
-    x = random.standard_normal((BATCH * STEPS, 1, 8, 8), dtype=np.float32)
+    x = random.standard_normal((BATCH * STEPS[name], 1, 8, 8), dtype=np.float32)
     y = random.integers(0, 10, len(x))
-    model = MODELS["mlp"]((1, 8, 8), 10)
+    model = MODELS[name]((1, 8, 8), 10)
     number = 0
 
     def fit() -> float:
@@ -56,16 +64,20 @@ def fitting(directory: Path | None) -> Callable[[], float]:
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
         clock = Clock()
-        ours = [] if directory is None else [SnapshotCallback(directory / str(number), LONG)]
-        model.fit(x, y, batch_size=BATCH, epochs=EPOCHS, verbose=0, shuffle=False, callbacks=[clock, *ours])
-        return clock.seconds / (EPOCHS - 1) / STEPS
+        every = [clock, *callbacks(number)]
+        model.fit(x, y, batch_size=BATCH, epochs=EPOCHS, verbose=0, shuffle=False, callbacks=every)
+        return clock.seconds / (EPOCHS - 1) / STEPS[name]
 
     return fit
 
 
-def timed(directory: Path, pairs: int) -> dict[str, list[float]]:
-    """Return seconds per update, with the callback and without, in turns."""
-    contenders = {"with": fitting(directory), "without": fitting(None)}
+def timed(directory: Path, pairs: int, model: str) -> dict[str, list[float]]:
+    """Return seconds per update, with the callback, without, and with an empty one, in turns."""
+    contenders = {
+        "with": fitting(model, lambda number: [SnapshotCallback(directory / str(number), LONG)]),
+        "without": fitting(model, lambda _: []),
+        "with a callback that does nothing": fitting(model, lambda _: [Empty()]),
+    }
     for fit in contenders.values():
         fit()
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -148,4 +160,4 @@ def by_hand(data: TrainingData, model: str, updates: int, *, loop: str) -> Conte
 
 
 if __name__ == "__main__":
-    print(json.dumps(timed(Path(sys.argv[1]), int(sys.argv[2]))))
+    print(json.dumps(timed(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])))
