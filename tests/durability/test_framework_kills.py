@@ -14,7 +14,7 @@ from .harness import ENDED, assert_same, environment, place
 
 BACKENDS = ("jax", "keras", "tensorflow")
 JOB = "--data digits --model mlp --train-limit 640 --epochs 60 --cycles 3 --batch-size 32 --resume-every 20"
-KILLS = int(os.environ.get("SNAPCORE_KILLS", "10"))
+KILLS = int(os.environ.get("SNAPCORE_KILLS", "5"))
 
 
 def start(backend, directory):
