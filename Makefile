@@ -11,17 +11,14 @@ THREADED := tests/jax tests/keras tests/tensorflow tests/parity tests/lab tests/
   tests/conformance/test_jax.py tests/conformance/test_keras.py tests/conformance/test_tensorflow.py
 FORKING := tests $(addprefix --ignore=,$(THREADED))
 
-# One more than a small machine has cores: many tests wait for processes of their own.
-WORKERS := -n 3
-
 .PHONY: demo test durability lint bench docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/snapcore train
 
 test: $(VENV)/.test
-	SNAPCORE_REQUIRE=torch,jax,keras,tensorflow $(ONE_THREAD) $(BIN)/python -m pytest $(WORKERS) --cov --cov-report=term $(FORKING)
-	SNAPCORE_REQUIRE=torch,jax,keras,tensorflow $(ONE_THREAD) $(BIN)/python -m pytest $(WORKERS) --dist loadgroup $(THREADED)
+	SNAPCORE_REQUIRE=torch,jax,keras,tensorflow $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --cov --cov-report=term $(FORKING)
+	SNAPCORE_REQUIRE=torch,jax,keras,tensorflow $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup $(THREADED)
 	$(ONE_THREAD) $(BIN)/python -m pytest --doctest-modules --pyargs snapcore snapcore_torch snapcore_jax \
 	  snapcore_keras snapcore_tensorflow
 

@@ -66,6 +66,7 @@ def test_a_run_killed_at_a_random_instant_ends_as_the_undisturbed_one(undisturbe
         process.send_signal(signal.SIGKILL)
         process.communicate()
         where = place(directory)
+        length /= 2  # if it came too late: the undisturbed run may have shared the machine with more than this one
     note(AT_RANDOM, f"runs of the {backend} backend", runs=1, kills=1)
     finish(start(backend, directory))
     assert_same(directory, reference)
