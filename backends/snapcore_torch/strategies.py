@@ -49,7 +49,7 @@ class Stacked:
 
         Raises:
             DataError: under autocast, which `torch.vmap` leaves out in part without saying so; or the model does
-                something that cannot be vectorised.
+                something that cannot be vectorised. What one member alone fails at too is raised as it is.
         """
         self._refuse_autocast()
 
@@ -59,7 +59,9 @@ class Stacked:
         try:
             return torch.vmap(member)(self._tensors)
         except (RuntimeError, ValueError) as error:
-            raise DataError(f"{type(self._base).__name__} cannot be run stacked: {error}; {_INSTEAD}") from error
+            failed = error
+        member({name: stack[0] for name, stack in self._tensors.items()})  # where it fails too, stacking is not why
+        raise DataError(f"{type(self._base).__name__} cannot be run stacked: {failed}; {_INSTEAD}") from failed
 
     def _refuse_autocast(self) -> None:
         for device in {tensor.device.type for tensor in self._tensors.values()}:

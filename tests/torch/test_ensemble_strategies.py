@@ -192,6 +192,14 @@ def test_a_recurrent_layer_is_refused_by_its_name():
         ensemble(X)
 
 
+def test_what_one_member_fails_at_too_is_not_laid_to_being_stacked():
+    """By PyTorch's own error, which is the same in the loop."""
+    for strategy in ("loop", "stacked"):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as failure:
+            SnapshotEnsemble([nn.Linear(3, 4) for _ in range(2)], strategy=strategy)(torch.ones(2, 5))
+        assert not isinstance(failure.value, DataError)
+
+
 def test_a_model_that_asks_for_a_value_is_refused_with_the_reason():
     ensemble = SnapshotEnsemble([Branching(3, 4), Branching(3, 4)], strategy="stacked")
     with pytest.raises(DataError, match=r"Branching cannot be run stacked: .*\.item\(\).*; use strategy='loop'"):
