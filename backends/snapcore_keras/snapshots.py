@@ -2,7 +2,9 @@
 
 A callback is told of batches, and Keras' own numbers for them are no counts: what counts is the optimizer. On JAX the
 model's variables are empty between batches, and looking at `self.model` fills them at the price of a round trip; so it
-is looked at only when calls can have led to a boundary.
+is looked at only when calls can have led to a boundary. On JAX and PyTorch, Keras hands the ends of batches to other
+threads unless a callback asks for them in its own, and then no batch waits for the loss of the one before. So this
+callback takes them there as well, and does its work when the next batch begins.
 """
 
 import threading
@@ -66,8 +68,7 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         ScheduleError: when training starts: the optimizer has another schedule, or `steps_per_execution` does not
             divide a cycle.
         ProtocolError: `cycles_or_program` is neither; the program restarts from fresh weights and `init` is missing; an
-            epoch's batches would make snapshots late; the optimizer has counted updates that the run has not seen; or
-            `fit` was not given a list of callbacks.
+            epoch's batches would make snapshots late; or the optimizer has counted updates that the run has not seen.
         StoreError: the directory holds a finished run or another program's, is being written, or cannot be written.
         DataError: the model is not built where a run is to go on, or what was saved does not fit it.
 
@@ -105,13 +106,17 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._following: Following | None = None
         self._thread = threading.get_ident()
         self._counted = 0
-        self._waits = False
+        self._waits = self._begun = self._told = self._stops = False
+
+    async_safe = True
+    """Keras may tell of the end of a batch in another thread, and does where no other callback objects."""
 
     def set_model(self, model: Any) -> None:
         """Check the optimizer and give it the schedule if it has none, before any callback restores anything."""
         super().set_model(model)
-        self._thread, self._waits = threading.get_ident(), False
+        self._thread = threading.get_ident()
         self._close_what_was_left()
+        self._waits = self._begun = self._told = self._stops = False
         model = self.model
         check_cycles(self.program.schedule, model.steps_per_execution, accumulation(model.optimizer))
         self._counted = counted(model.optimizer)
@@ -131,23 +136,27 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
             else:
                 self._open(model)
 
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
+        """Take what was due after the batch before, if its end was told in another thread; foresee the last one."""
+        if self._begun:
+            self._take()
+        following, self._begun = self._following, True
+        if following is not None and not self._told and following.may_end():
+            model = self.model  # once
+            following.settle()
+            self._stops = following.may_end()
+            model.stop_training |= self._stops  # after this batch, when it is too late to say so from another thread
+
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Take what is due; end training with the program."""
-        if threading.get_ident() != self._thread:
-            raise ProtocolError("Keras calls a lone callback in another thread: pass a list, callbacks=[callback]")
-        if self._waits:
-            self._open_late(self.model)
-        following = self._opened()
-        if not following.called():
-            following.recorder.record(0)  # raises what the writer has met
-            return
-        model = self.model  # on JAX this gives the variables their values
-        if not following.cursor.finished and following.look():
-            following.recorder.place()  # a backup made now has the new weights: the member must be on disk
-        model.stop_training |= following.cursor.finished
+        if threading.get_ident() == self._thread:
+            self._told = True
+            self._take()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Wait for the files that a backup of this epoch counts on."""
+        if self._begun:
+            self._take()
         following = self._following
         if following is not None and following.calls.waiting:  # else it was done at the boundary, for the member
             following.recorder.place()
@@ -169,12 +178,30 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if following is None:
             return
         _OPEN.pop(self.directory.absolute(), None)
+        if self._begun:  # `fit` has died, with a batch or before it
+            following.calls.add()
         try:
             following.settle()
         except BaseException:
             following.recorder.close(exact=False)
             raise
         following.recorder.close()
+
+    def _take(self) -> None:
+        """Do what is due after the batch that has begun."""
+        self._begun = False
+        if self._waits:
+            self._open_late(self.model)
+        following = self._opened()
+        if not following.called():
+            following.recorder.record(0)  # raises what the writer has met
+            return
+        model = self.model  # on JAX this gives the variables their values
+        if not following.cursor.finished and following.look():
+            following.recorder.place()  # a backup made now has the new weights: the member must be on disk
+        if following.cursor.finished or self._stops:  # a scaled loss may have skipped what should have been the last
+            model.stop_training = following.cursor.finished
+        self._stops = False
 
     def _close_what_was_left(self) -> None:
         """Close the run of a `fit` that has died: in the thread that begins one, no other can be under way."""

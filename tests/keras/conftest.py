@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+collect_ignore = ["ensemble_on_a_backend.py"]  # scripts, which the search for doctests would import
 SCRIPT = Path(__file__).with_name("fit_on_a_backend.py")
 BACKENDS = ("tensorflow", "jax", "torch")
 
@@ -25,6 +27,17 @@ def process(arguments, backend, **options):
         text=True,
         **options,
     )
+
+
+@pytest.fixture(scope="session")
+def formula():
+    """Equation 2, by hand; by default for α₀ = 0.02 and three cycles in 24 updates."""
+
+    def rate(step, steps=24, cycles=3):
+        length = math.ceil(steps / cycles)
+        return 0.02 / 2 * (math.cos(math.pi * (step % length) / length) + 1)
+
+    return rate
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from snapcore import CosineCycles, CycleWarning, ProtocolError
+from snapcore import CosineCycles, CycleWarning, program
 from snapcore.resume import read_point
 from snapcore.store import SnapshotStore
 from snapcore_keras import SnapshotCallback, SnapshotSchedule
@@ -205,15 +205,79 @@ def looks(folder):
 
 
 def alone(folder):
-    """Return what becomes of a callback that is in no list."""
-    try:
-        callback = SnapshotCallback(folder / "alone", SHORT)
-        network(SHORT).fit(X, Y, batch_size=4, epochs=4, verbose=0, callbacks=callback)
-    except ProtocolError as error:
-        return str(error)
-    finally:
-        callback.close()
+    """Return the steps of the members that a callback in no list takes."""
+    callback = SnapshotCallback(folder / "alone", SHORT)
+    network(SHORT).fit(X, Y, batch_size=4, epochs=4, verbose=0, callbacks=callback)
     return [*members(folder / "alone")]
+
+
+class Begun(keras.callbacks.Callback):
+    """Does something when a batch begins, and asks for no batch's end."""
+
+    def __init__(self, batch, act):
+        super().__init__()
+        self.left, self.act = batch, act
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.left -= 1
+        if not self.left:
+            self.act()
+
+
+def die():
+    raise InterruptedError
+
+
+def unwatched(folder):
+    """Return what a run does whose callback Keras tells of batches' ends in other threads, where it has any.
+
+    Every run is compared with one that another callback has watched, which has Keras tell of them in its own thread.
+    """
+    star = program("star", lr=0.02, steps=21, cycles=3)
+    found = {}
+    for name, plan, options in (
+        ("ends between epochs", SHORT, {}),
+        ("ends within one", CosineCycles(0.02, 21, 3), {}),
+        ("accumulates", CosineCycles(0.02, 21, 3), {"gradient_accumulation_steps": 2}),
+        ("restarts", star, {}),
+    ):
+        ends = []
+        for watch in ([], [Watch()]):
+            model = network(getattr(plan, "schedule", plan), 0.1)
+            model.optimizer.gradient_accumulation_steps = options.get("gradient_accumulation_steps")
+            history = fit(model, SnapshotCallback(folder / f"{name} {len(watch)}", plan), *watch, epochs=20)
+            ends.append((history.epoch, int(model.optimizer.iterations), model.get_weights()))
+        (*mine, weights), (*its, expected) = ends
+        equal = same(members(folder / f"{name} 0"), members(folder / f"{name} 1"))
+        found[name] = [*mine, mine == its and equal and same({0: weights}, {0: expected})]
+    return {**found, "dies": died(folder / "dies"), "skips": skipped(folder / "skips")}
+
+
+def died(folder):
+    """Return whether a run that dies when a batch begins, the one before having led to a boundary, goes on exactly."""
+    batches = []
+    for batch in (9, 17):  # at 8 updates, and at 16
+        callback = SnapshotCallback(folder, SHORT)
+        try:
+            fit(network(SHORT, dropout=False), Begun(batch - sum(batches), die), callback, data=loader())
+        except InterruptedError:
+            callback.close()
+            batches.append(SnapshotStore(folder).members[-1].step)
+    fit(network(SHORT, dropout=False), SnapshotCallback(folder, SHORT), data=loader())
+    return [batches, [*members(folder)]]
+
+
+def skipped(folder):
+    """Return the members' steps, and the batches done, where the update is skipped that should have been the last."""
+    model, rows, batches = keras.Sequential([keras.Input((4,)), layers.Dense(1)]), X.copy(), []
+    rows[12:16] = np.inf  # the fourth of 6 batches, in each epoch: 20 updates in four epochs, and 3 before it
+    model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=4.0), "mse")
+    count = keras.callbacks.LambdaCallback()
+    count.on_train_batch_begin = lambda batch, logs=None: batches.append(batch)
+    model.fit(
+        rows, Y, batch_size=4, epochs=9, shuffle=False, verbose=0, callbacks=[SnapshotCallback(folder, SHORT), count]
+    )
+    return [[*members(folder)], batches[-2:], len(batches)]
 
 
 def at_once(folder):
@@ -236,6 +300,7 @@ def main(folder):
         "half": [error_in("bfloat16"), error_in("float16")],
         "looks": looks(folder),
         "alone": alone(folder),
+        "unwatched": unwatched(folder),
         "at once": at_once(folder),
     }
     (folder / "seen.json").write_text(json.dumps(seen))

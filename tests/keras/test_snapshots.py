@@ -1,7 +1,6 @@
 """The callback for `fit`: what it counts, when it takes snapshots, and where it goes on."""
 
 import copy
-import math
 import os
 import signal
 import warnings
@@ -29,14 +28,7 @@ from snapcore_keras import SnapshotCallback, SnapshotSchedule
 from snapcore_keras.executions import check_cycles
 from snapcore_keras.following import Following
 
-BACKENDS = ("tensorflow", "jax", "torch")
 SHORT = CosineCycles(0.02, 24, 3)  # epochs have 6 batches
-
-
-def formula(step, cycles=SHORT):
-    """Equation 2, by hand."""
-    length = math.ceil(cycles.steps / cycles.cycles)
-    return cycles.lr / 2 * (math.cos(math.pi * (step % length) / length) + 1)
 
 
 def steps(directory):
@@ -75,71 +67,8 @@ def unbroken(fits, tmp_path):
     return {step: watch.weights[step] for step in SHORT.snapshot_steps}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mode", ["schedule", "plain"])
-def test_members_and_rates_are_the_same_on_every_backend(seen, backend, mode):
-    """The rates differ by the backend in Keras' CosineDecayRestarts."""
-    found = seen[backend][mode]
-    assert seen[backend]["backend"] == backend
-    assert found["steps"][0] == [8, 16, 24]
-    assert found["same"]  # as a plain callback sees them
-    assert found["rates"][0] == pytest.approx([formula(step) for step in range(24)], abs=4e-7 * 0.02, rel=0)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_plain_rate_may_have_run_after_run_of_whatever_cycles(seen, backend):
-    found = seen[backend]["plain"]
-    assert found["steps"][1] == [12, 24]
-    expected = [formula(step, CosineCycles(0.02, 24, 2)) for step in range(24)]
-    assert found["rates"][1] == pytest.approx(expected, abs=4e-7 * 0.02, rel=0)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_bare_schedule_counts_the_updates_that_gradients_are_accumulated_to(seen, backend):
-    expected = [formula(step) for step in range(24)]
-    assert seen[backend]["accumulated"] == pytest.approx(expected, abs=4e-7 * 0.02, rel=0)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_model_that_fit_builds_is_followed_from_its_first_batch(seen, backend):
-    assert seen[backend]["unbuilt"]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_rates_do_not_have_the_rounding_of_half_floats(seen, backend):
-    assert max(seen[backend]["half"]) < 4e-7  # that of bfloat16 is 2e-3
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_killed_run_goes_on_at_its_own_point_to_the_last_bit(seen, backend):
-    assert seen[backend]["own"] == {"batches": 12, "same": True}  # killed at 20, gone on after 12 of 24
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_killed_run_goes_on_where_backup_and_restore_does(seen, backend):
-    """Killed at 17, with a backup after 12: the member of 16 is taken again."""
-    assert seen[backend]["beside"] == {"batches": 12, "same": True}
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_model_is_looked_at_at_boundaries_alone(seen, backend):
-    """Before training, and then once for each of three members."""
-    assert seen[backend]["looks"] == [2, 2 + 3]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_several_batches_to_an_execution_move_no_snapshot(seen, backend):
-    assert seen[backend]["at once"] == [8, 16, 24]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_lone_callback_works_or_is_refused_where_keras_would_call_it_in_another_thread(seen, backend):
-    expected = [8, 16, 24] if backend == "tensorflow" else "Keras calls a lone callback in another thread"
-    assert seen[backend]["alone"][: len(expected)] == expected
-
-
 @pytest.mark.parametrize("accumulation", [2, 4])
-def test_accumulated_gradients_are_one_update(fits, tmp_path, accumulation):
+def test_accumulated_gradients_are_one_update(fits, tmp_path, accumulation, formula):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(1, use_bias=False)])
     rate = SnapshotSchedule(SHORT, gradient_accumulation_steps=accumulation)
     model.compile(fits.Shown(rate, gradient_accumulation_steps=accumulation), "mse")
@@ -244,7 +173,7 @@ def test_a_finished_run_is_refused_or_moved_aside(fits, tmp_path, unbroken):
     assert steps(tmp_path / "run.1") == [8, 16, 24]
 
 
-def test_a_plain_rate_is_replaced_also_where_a_fit_before_has_compiled_it(fits, tmp_path):
+def test_a_plain_rate_is_replaced_also_where_a_fit_before_has_compiled_it(fits, tmp_path, formula):
     model, watch = shown(fits, 0.7), fits.Watch()
     fits.fit(model, epochs=1)
     assert model.get_weights()[0].max() == pytest.approx(0.7)
@@ -397,7 +326,7 @@ def test_a_plain_rate_goes_on_in_its_own_run_and_begins_in_another(fits, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.keras", "one", "other"]
 
 
-def test_a_plain_rate_goes_on_also_if_the_optimizer_had_counted_before_the_run(fits, tmp_path):
+def test_a_plain_rate_goes_on_also_if_the_optimizer_had_counted_before_the_run(fits, tmp_path, formula):
     watch, rates = fits.Watch(), [formula(step) for step in range(24)]
     model = shown(fits, 0.7)
     fits.fit(model, epochs=1)
@@ -410,7 +339,7 @@ def test_a_plain_rate_goes_on_also_if_the_optimizer_had_counted_before_the_run(f
     assert found == pytest.approx(rates[16:], abs=4e-7 * 0.02, rel=0)
 
 
-def test_a_loop_of_ones_own_has_its_schedule_told_of_accumulated_gradients(fits, tmp_path):
+def test_a_loop_of_ones_own_has_its_schedule_told_of_accumulated_gradients(fits, tmp_path, formula):
     model = shown(fits, SnapshotSchedule(SHORT), gradient_accumulation_steps=2)
     following = Following(tmp_path / "run", SHORT, model, model.optimizer, framework="keras")
     for batch in range(24):
