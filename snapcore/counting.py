@@ -109,7 +109,7 @@ class Ending:
             return
         settled = False
         try:
-            if exact:
+            if exact and not self._recorder.failed:  # else its error is all that is left to tell
                 self._settle()
                 settled = True
             elif not self._cursor.finished:  # for the message alone: nothing is written any more

@@ -205,6 +205,11 @@ class Recorder:
         return Place(self.cursor.step, tuple(member.sha256 for member in members))
 
     @property
+    def failed(self) -> bool:
+        """Whether a member could not be written: nothing is any more, and the run cannot go on."""
+        return self._failed
+
+    @property
     def told_to_end(self) -> bool:
         """Whether a SIGTERM has come; the next update recorded answers it."""
         return self._termination.received

@@ -139,8 +139,8 @@ class Following:
         return self._restart(events)
 
     def settle(self) -> None:
-        """Move to where the loop is, for the last time."""
-        if self.calls.waiting and not self.cursor.finished:
+        """Move to where the loop is, if the run can go on."""
+        if self.calls.waiting and not self.cursor.finished and not self.recorder.failed:
             self.look()
 
     def _restart(self, events: tuple[Event, ...]) -> bool:

@@ -66,6 +66,7 @@ def test_what_the_calls_did_at_most_can_be_asked_for():
     calls.add()
     calls.add()
     assert (calls.waiting, calls.most) == (2, 14)
+    assert [calls.next_may_do(updates) for updates in (1, 21, 22)] == [True, True, False]
 
 
 class CountedLoop(Loop):
@@ -207,6 +208,18 @@ def test_an_error_of_the_writer_is_told_once(tmp_path):
     with pytest.raises(DivergedError, match="member 1 at update 20"):
         loop.ending.close(exact=False)
     loop.ending.close(exact=True)
+
+
+def test_closing_after_a_step_has_told_of_the_error_tells_nothing_more(tmp_path):
+    """As `try: …, finally: run.close()` does: another error would stand before the one to read."""
+    loop = CountedLoop(tmp_path, resumable=False)
+    loop.weights["updates"] = np.array(np.nan)
+    loop.recorder.record(20)
+    with pytest.raises(DivergedError, match="member 1 at update 20"):
+        loop.recorder.place()
+    loop.calls.add()
+    loop.ending.close(exact=True)
+    assert not loop.looks
 
 
 def test_a_loader_that_is_followed_gives_the_same_and_tells_of_its_end():

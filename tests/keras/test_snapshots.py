@@ -491,9 +491,18 @@ def test_a_program_that_needs_fresh_weights_is_refused_without_them(tmp_path):
         SnapshotCallback(tmp_path / "run", program("singlecycle", lr=0.02, steps=24, cycles=3))
 
 
-def test_a_member_that_is_not_finite_ends_training(fits, tmp_path):
-    def spoil(model):
-        model.set_weights([np.full(np.shape(each), np.nan) for each in model.get_weights()])
+def spoil(model):
+    model.set_weights([np.full(np.shape(each), np.nan) for each in model.get_weights()])
 
+
+def test_a_member_that_is_not_finite_ends_training(fits, tmp_path):
     with pytest.raises(DivergedError, match="member 1 at update 8"):
         fits.fit(fits.network(SHORT), SnapshotCallback(tmp_path / "run", SHORT), At(7, spoil))
+
+
+def test_after_a_member_that_is_not_finite_the_next_fit_in_the_directory_begins_again(fits, tmp_path, unbroken):
+    callback = SnapshotCallback(tmp_path / "run", SHORT)
+    with pytest.raises(DivergedError, match="member 1 at update 8"):
+        fits.fit(fits.network(SHORT), callback, At(7, spoil))
+    fits.fit(fits.network(SHORT), SnapshotCallback(tmp_path / "run", SHORT))
+    assert fits.same(fits.members(tmp_path / "run"), unbroken)
