@@ -1,14 +1,15 @@
 """The suite on JAX: the CNN for its batch statistics, and a network with dropout for its random keys."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest.__main__
 from flax import nnx
 
 from snapcore.testing import BackendConformance
 from snapcore_jax.backend import JaxBackend
+
+from ..forked import Forked
 
 MESH = Path(__file__).with_name("jax_on_a_mesh.py")
 
@@ -31,11 +32,9 @@ class TestJaxBackend(BackendConformance):
         return JaxBackend()
 
 
-def test_every_rule_holds_on_a_mesh_of_eight_devices():
+def test_every_rule_holds_on_a_mesh_of_eight_devices(tmp_path):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "SNAPCORE_REQUIRE": ""}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(MESH)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "21 passed" in done.stdout
+    given = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "SNAPCORE_REQUIRE": ""}
+    process = Forked(pytest.__main__.__file__, "-q", "-p", "no:cacheprovider", MESH, log=tmp_path / "log", **given)
+    assert process.wait() == 0, process.output + process.errors
+    assert "21 passed" in process.output

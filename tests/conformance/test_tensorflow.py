@@ -1,16 +1,16 @@
 """The suite on TensorFlow, with batch statistics, and with dropout for its random states."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
 import pytest
+import pytest.__main__
 from keras import layers
 
 from snapcore.testing import BackendConformance
 from snapcore_tensorflow.backend import TensorFlowBackend
+
+from ..forked import Forked
 
 MIRRORED = Path(__file__).with_name("tensorflow_mirrored.py")
 
@@ -52,9 +52,9 @@ def test_the_rules_of_exactness_hold_however_updates_are_compiled_and_velocities
     suite.test_rule_12_a_dump_loaded_into_another_state_goes_on_exactly()
 
 
-def test_every_rule_holds_on_two_mirrored_devices():
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SNAPCORE_REQUIRE": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(MIRRORED)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "20 passed" in done.stdout
+def test_every_rule_holds_on_two_mirrored_devices(tmp_path):
+    process = Forked(
+        pytest.__main__.__file__, "-q", "-p", "no:cacheprovider", MIRRORED, log=tmp_path / "log", SNAPCORE_REQUIRE=""
+    )
+    assert process.wait() == 0, process.output + process.errors
+    assert "20 passed" in process.output

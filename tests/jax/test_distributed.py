@@ -1,10 +1,7 @@
 """Several processes train one model: one run directory, the members of a single process, and all go on together."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +9,9 @@ import pytest
 
 from snapcore.store import SnapshotStore
 
+from ..forked import Forked
+
+pytestmark = pytest.mark.xdist_group("jax processes")  # what its tests share is made once
 SCRIPT = Path(__file__).with_name("one_of_several.py")
 
 
@@ -26,27 +26,19 @@ def start(directory, layout, processes, ends=(), waits=None):
 
     `ends` has a rank, an update, and the signal that this process then sends itself.
     """
-    environment = {
-        **os.environ,
-        **{"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"},
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-    }
-    command = [sys.executable, str(SCRIPT), str(directory), layout, str(free_port()), str(processes)]
-    extra = {rank: [] for rank in range(processes)}
-    extra.update({rank: [str(update), name] for rank, update, name in ends})
-    with directory.with_name("log").open("a+") as log:
-        running = [
-            subprocess.Popen([*command, str(rank), *words], env=environment, stderr=log)
-            for rank, words in extra.items()
-        ]
-        try:
-            return [running[rank].wait(120) for rank in waits or extra]
-        finally:
-            for process in running:
-                process.kill()
-                process.wait()
-            log.seek(0)
-            print(log.read())  # shown if the test fails
+    given = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "OMP_NUM_THREADS": "1"}
+    words, logs, port = {rank: [update, name] for rank, update, name in ends}, directory.with_name("log"), free_port()
+    logs.mkdir(exist_ok=True)
+    running = [
+        Forked(SCRIPT, directory, layout, port, processes, rank, *words.get(rank, []), log=logs / str(rank), **given)
+        for rank in range(processes)
+    ]
+    try:
+        return [running[rank].wait() for rank in waits or range(processes)]
+    finally:
+        for each in running:
+            each.kill()
+            print(each.errors)  # shown if the test fails
 
 
 def members(directory):

@@ -3,8 +3,6 @@
 import importlib.util
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -18,6 +16,8 @@ from snapcore import DataError, ProtocolError, StoreError, program
 from snapcore.store import SnapshotStore
 from snapcore_jax.schedule import snapshot_schedule
 from snapcore_jax.snapshots import SnapshotRun
+
+from ..forked import Forked
 
 SCRIPT = Path(__file__).with_name("killed_loop.py")
 spec = importlib.util.spec_from_file_location("killed_loop", SCRIPT)
@@ -144,15 +144,13 @@ def test_sigterm_writes_a_resume_point_and_no_member_and_the_run_goes_on_from_th
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
 def test_a_process_that_is_really_killed_goes_on_in_another(tmp_path, name):
     def start(directory, *arguments):
-        strict = ["-W", "error", "-W", "ignore:steps=12 does not fit"]
-        command = [sys.executable, *strict, str(SCRIPT), str(tmp_path / directory), *arguments]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        log = tmp_path / f"{directory} {len(arguments)}"
+        return Forked(SCRIPT, tmp_path / directory, *arguments, log=log, strict=True, OMP_NUM_THREADS="1")
 
     ended = start("run", "10", name)
-    assert ended.returncode == (-signal.SIGKILL if name == "SIGKILL" else 143), ended.stderr
+    assert ended.wait() == (-signal.SIGKILL if name == "SIGKILL" else 143), ended.errors
     done = start("run")
-    assert done.returncode == 0, done.stderr
+    assert done.wait() == 0, done.errors
     killed_loop.main(tmp_path / "whole")
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 

@@ -1,11 +1,8 @@
 """Several workers train one model: one run directory, the members of a single process, and all go on together."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,10 @@ from snapcore import ProtocolError
 from snapcore.store import SnapshotStore
 from snapcore_tensorflow.distributed import TensorFlowGroup, current_group
 
-HERE = Path(__file__).parent
+from ..forked import Forked
+
+pytestmark = pytest.mark.xdist_group("tensorflow workers")  # what its tests share is made once
+SCRIPT = Path(__file__).with_name("one_of_several.py")
 
 
 def free_ports(number):
@@ -37,32 +37,21 @@ def start(directory, workers, ends=(), waits=None, chief=False):
     addresses = [f"127.0.0.1:{port}" for port in free_ports(workers)]
     cluster = {"chief": addresses[:1], "worker": addresses[1:]} if chief else {"worker": addresses}
     tasks = [(kind, number) for kind in cluster for number in range(len(cluster[kind]))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    environment.pop("TF_CONFIG", None)
-    words = {rank: [str(update), name] for rank, update, name in ends}
-    with directory.with_name("log").open("a+") as log:
-        running = []
-        for rank, (kind, number) in enumerate(tasks):
-            config = json.dumps({"cluster": cluster, "task": {"type": kind, "index": number}})
-            running.append(
-                subprocess.Popen(
-                    [sys.executable, str(HERE / "one_of_several.py"), str(directory), *words.get(rank, [])],
-                    env={**environment, "TF_CONFIG": config} if workers > 1 else environment,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    text=True,
-                )
-            )
-        try:
-            said = {rank: running[rank].communicate(timeout=200)[0] for rank in waits or range(workers)}
-            return [running[rank].returncode for rank in said], [text.splitlines()[-1:] for text in said.values()]
-        finally:
-            for process in running:
-                process.kill()
-                process.wait()
-                process.stdout.close()
-            log.seek(0)
-            print(log.read())  # shown if the test fails
+    words = {rank: [update, name] for rank, update, name in ends}
+    logs = directory.with_name("log")
+    logs.mkdir(exist_ok=True)
+    running = []
+    for rank, (kind, number) in enumerate(tasks):
+        config = json.dumps({"cluster": cluster, "task": {"type": kind, "index": number}})
+        given = {"TF_CONFIG": config if workers > 1 else None, "OMP_NUM_THREADS": "1"}
+        running.append(Forked(SCRIPT, directory, *words.get(rank, []), log=logs / str(rank), **given))
+    try:
+        awaited = [running[rank] for rank in waits or range(workers)]
+        return [each.wait() for each in awaited], [each.output.splitlines()[-1:] for each in awaited]
+    finally:
+        for each in running:
+            each.kill()
+            print(each.errors)  # shown if the test fails
 
 
 def members(directory):

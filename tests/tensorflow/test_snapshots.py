@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
@@ -19,6 +16,8 @@ from snapcore.store import SnapshotStore
 from snapcore_keras.state import Copy, named_weights
 from snapcore_tensorflow.schedule import SnapshotSchedule
 from snapcore_tensorflow.snapshots import SnapshotRun
+
+from ..forked import Forked
 
 CYCLES = CosineCycles(lr=0.1, steps=12, cycles=3)
 X = np.linspace(-1, 1, 18, dtype=np.float32).reshape(6, 3)
@@ -426,22 +425,15 @@ def test_what_is_no_built_keras_model_or_no_keras_optimizer_is_refused(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def start_mirrored(folder, **environment):
+def start_mirrored(folder, number=0, **environment):
     """Start `mirrored_loop.py` in a process of its own."""
-    script = Path(__file__).with_name("mirrored_loop.py")
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-W", "ignore:steps=12 does not fit", str(script), str(folder)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    script, log = Path(__file__).with_name("mirrored_loop.py"), folder / f"log {number}"
+    return Forked(script, folder, log=log, strict=True, OMP_NUM_THREADS="1", **environment)
 
 
 def said(process):
-    out, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    return out
+    assert process.wait() == 0, process.errors
+    return process.output
 
 
 def test_on_two_mirrored_devices_members_and_a_resumed_run_are_those_of_one_device(tmp_path):
@@ -465,6 +457,7 @@ def test_two_workers_write_one_run_together_and_go_on_with_the_same_fresh_weight
     workers = [
         start_mirrored(
             tmp_path,
+            index,
             TF_CONFIG=json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}),
         )
         for index in range(2)
@@ -474,9 +467,8 @@ def test_two_workers_write_one_run_together_and_go_on_with_the_same_fresh_weight
     finally:
         for worker in workers:
             worker.kill()
-            worker.communicate()
     assert digests[0] == digests[1]
     store = SnapshotStore(tmp_path / "run")
     assert ([member.step for member in store.members], store.stopped) == ([4, 8, 12], "finished")
     store.verify()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
