@@ -4,12 +4,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Two processes share a small machine best with one thread each.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1
+# Tests in many processes have JAX compile the same things.
+ONE_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.pytest_cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
+# The core's own tests need no framework, and cover its every branch.
+CORE := tests/core tests/conformance/test_numpy.py
 # JAX and TensorFlow run threads, and a process with threads is not to be forked, which data loaders do: each has its own run.
 THREADED := tests/jax tests/keras tests/tensorflow tests/parity tests/lab tests/test_docs.py \
   tests/conformance/test_jax.py tests/conformance/test_keras.py tests/conformance/test_tensorflow.py
-FORKING := tests $(addprefix --ignore=,$(THREADED))
+FORKING := tests $(addprefix --ignore=,$(CORE) $(THREADED))
 
 .PHONY: demo test durability lint bench docs clean
 
@@ -17,10 +22,10 @@ demo: $(VENV)/.demo
 	$(BIN)/snapcore train
 
 test: $(VENV)/.test
-	SNAPCORE_REQUIRE=torch,jax,keras,tensorflow $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --cov --cov-report=term $(FORKING)
-	SNAPCORE_REQUIRE=torch,jax,keras,tensorflow $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup $(THREADED)
-	$(ONE_THREAD) $(BIN)/python -m pytest --doctest-modules --pyargs snapcore snapcore_torch snapcore_jax \
-	  snapcore_keras snapcore_tensorflow
+	SNAPCORE_REQUIRE=torch,jax,keras,tensorflow $(ONE_THREAD) $(PYTEST) $(CORE) --cov --cov-report=term
+	$(ONE_THREAD) $(ONE_CACHE) $(PYTEST) $(FORKING)
+	$(ONE_THREAD) $(ONE_CACHE) $(PYTEST) $(THREADED) \
+	  --doctest-modules --pyargs snapcore snapcore_torch snapcore_jax snapcore_keras snapcore_tensorflow
 
 durability: $(VENV)/.test
 	SNAPCORE_KILLS=100 SNAPCORE_DAMAGE=10000 $(ONE_THREAD) $(BIN)/python -m pytest tests/durability -n 2 -q $(ARGS)

@@ -1,5 +1,6 @@
-"""A framework that SNAPCORE_REQUIRE names must be there: one that cannot be imported fails the run."""
+"""What all tests share: the frameworks that SNAPCORE_REQUIRE names must be there, or the run fails."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -10,9 +11,20 @@ import pytest
 def pytest_configure(config):
     if hasattr(config, "workerinput"):  # the process that started this one has looked
         return
-    for name in filter(None, os.environ.get("SNAPCORE_REQUIRE", "").split(",")):
-        # In a process of its own: frameworks begin threads, and processes with threads are not to be forked.
-        code = f"from snapcore.backend import load_backend; print(load_backend({name!r}).about())"
-        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        if found.returncode:
-            raise pytest.UsageError(f"SNAPCORE_REQUIRE names {name}: {found.stderr.strip().splitlines()[-1]}")
+    names = [*filter(None, os.environ.get("SNAPCORE_REQUIRE", "").split(","))]
+    looks = {name: look_for(name) for name in names}
+    errors = {name: look.communicate()[1] for name, look in looks.items()}  # all of them, whatever the first has found
+    for name, look in looks.items():
+        if look.returncode:
+            raise pytest.UsageError(f"SNAPCORE_REQUIRE names {name}: {errors[name].strip().splitlines()[-1]}")
+
+
+def look_for(name):
+    """Begin a process that imports it: frameworks begin threads, and processes with threads are not to be forked."""
+    code = f"from snapcore.backend import load_backend; load_backend({name!r}).about()"
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def pytest_collection_finish():
+    """Have the garbage collector leave the frameworks alone: to look through their objects takes it seconds."""
+    gc.freeze()

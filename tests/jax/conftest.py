@@ -6,6 +6,8 @@ from sklearn.datasets import load_digits
 
 from snapcore.data import TrainingData
 
+collect_ignore = ["one_of_several.py", "sharded_members.py"]  # scripts, which the search for doctests would import
+
 
 @pytest.fixture(scope="session")
 def digits():

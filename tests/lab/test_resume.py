@@ -12,6 +12,7 @@ from snapcore.lab.command import run
 from snapcore.run import execute
 from snapcore.store import SnapshotStore
 
+pytestmark = pytest.mark.xdist_group("lab resume")  # what its tests share is made once
 TRAIN = ("train", "--model", "stopping:Net", "--epochs", "6", "--cycles", "3")  # 126 updates, members every 42
 HEADER = ["step", "lr", "loss"]
 

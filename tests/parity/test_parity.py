@@ -8,16 +8,12 @@ from .frameworks import FRAMEWORKS, done
 from .job import BOUNDS, JOBS, Course, deviations, expected
 from .table import table
 
+pytestmark = pytest.mark.xdist_group("parity")  # every job is done once
 PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
 QUANTITIES = ("loss", "weights", "ensembles")
 
 
-def in_one_process(name):
-    """A framework's jobs are done once, not once in every process that pytest is spread over."""
-    return [pytest.param((name, model), marks=pytest.mark.xdist_group(name), id=f"{name} {model}") for model in JOBS]
-
-
-@pytest.fixture(scope="module", params=[each for name in FRAMEWORKS for each in in_one_process(name)])
+@pytest.fixture(scope="module", params=[(name, model) for name in FRAMEWORKS for model in JOBS], ids=" ".join)
 def way(request):
     """A framework and a job."""
     name, model = request.param

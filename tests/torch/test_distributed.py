@@ -16,6 +16,7 @@ from snapcore.store import SnapshotStore
 from snapcore_torch import TorchGroup
 from snapcore_torch.distributed import current_group
 
+pytestmark = pytest.mark.xdist_group("torchrun")  # what its tests share is made once
 SCRIPT = Path(__file__).with_name("torchrun_script.py")
 
 

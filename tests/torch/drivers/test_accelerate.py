@@ -17,6 +17,7 @@ from snapcore_torch import SnapshotLR, SnapshotRun
 
 from .training import SIXTY, assert_members, examples, network, plain_loop, sgd, steps
 
+pytestmark = pytest.mark.xdist_group("accelerate")  # what its tests share is made once
 UPDATES = 12
 CYCLES, TWICE = (CosineCycles(lr=0.1, steps=times * UPDATES, cycles=3) for times in (1, 2))
 
