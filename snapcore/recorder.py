@@ -317,13 +317,13 @@ class Recorder:
             self._termination.remove()
 
     def _copy(self, *, resumable: bool) -> tuple[Pending | Tensors, dict[str, Any] | None]:
-        dumped = None
-        if resumable and self._at is None:
-            if self._before_point is not None:
-                self._before_point()
-            own = {"random": self._random_state(), "data": self.epochs.state_dict()}
-            processes = self._group.gather(own)
-            dumped = self._source.dump()
+        if not resumable or self._at is not None:
+            return self._source.capture(), None
+        if self._before_point is not None:
+            self._before_point()
+        own = {"random": self._random_state(), "data": self.epochs.state_dict()}
+        processes = self._group.gather(own)
+        dumped = self._source.dump()
         if dumped is None:
             return self._source.capture(), None
         tensors, values = dumped

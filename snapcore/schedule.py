@@ -95,7 +95,7 @@ class Schedule:
         """Return the 0-based cycle that update number `step` belongs to; 0 during warm-up."""
         raise NotImplementedError
 
-    @property
+    @functools.cached_property
     def cycle_starts(self) -> tuple[int, ...]:
         """The step at which each cycle begins."""
         raise NotImplementedError

@@ -18,7 +18,7 @@ def check_finite(tensors: Mapping[str, NDArray[Any]], what: str) -> None:
         if not np.issubdtype(array.dtype, np.inexact) and array.dtype.name != "bfloat16":
             continue
         if not np.isfinite(array).all():
-            bad = int(np.count_nonzero(np.isnan(array) | np.isposinf(array.real) | np.isposinf(array.imag)))
+            bad = int(np.count_nonzero(np.isnan(array) | np.isposinf(np.real(array)) | np.isposinf(np.imag(array))))
             if bad:
                 raise DivergedError(
                     f"{what} is refused: {bad} of {array.size} values of {name!r} are not finite; the members taken "

@@ -127,8 +127,8 @@ def _read_digits() -> _Raw:
         if (error.name or "").partition(".")[0] != "sklearn":
             raise
         raise DataError("digits needs scikit-learn: pip install 'snapcore[lab]'") from error
-    bunch = load_digits()
-    images, labels = np.asarray(bunch.images) / 16, np.asarray(bunch.target)
+    pixels, labels = load_digits(return_X_y=True)
+    images, labels = np.reshape(pixels, (-1, 8, 8)) / 16, np.asarray(labels)
     # NumPy promises the raw stream for ever, but not what `permutation` makes of it.
     order = np.argsort(np.random.PCG64(2017).random_raw(len(images)), kind="stable")
     test, train = order[:_DIGITS_TEST_SIZE], order[_DIGITS_TEST_SIZE:]
