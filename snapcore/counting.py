@@ -43,11 +43,7 @@ class Calls:
 
     def next_may_be_due(self) -> bool:
         """Return whether the updates must be counted after one more call, since something may be due then."""
-        return self.next_may_do(self._reach)
-
-    def next_may_do(self, updates: int) -> bool:
-        """Return whether so many updates may have been done after one more call, counted from where the cursor is."""
-        return (self.waiting + 1) * self._per_call >= updates
+        return (self.waiting + 1) * self._per_call >= self._reach
 
     def add(self) -> None:
         """Count a call."""

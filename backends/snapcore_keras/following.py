@@ -79,7 +79,6 @@ class Following:
         program = as_program(cycles_or_program)
         check_init(program, init)
         self._model, self._optimizer, self._init = model, optimizer, init
-        self._updates = program.updates
         named_weights(model)
         tell_accumulation(optimizer)
         rate = check_rate(optimizer, program.schedule)
@@ -117,10 +116,6 @@ class Following:
         due = self.calls.next_may_be_due()
         self.calls.add()
         return due or self.recorder.told_to_end
-
-    def may_end(self) -> bool:
-        """Return whether the next call may do the program's last update."""
-        return not self.cursor.finished and self.calls.next_may_do(self._updates - self.cursor.step)
 
     def updates(self) -> int:
         """Return the updates done; this waits for the one that is being done."""
@@ -184,10 +179,7 @@ class _GradientCalls(Calls):
 
     def settle(self, updates: int) -> None:
         super().settle(updates)
-        self._begun = gradients(self._optimizer) % self._accumulation
-
-    def next_may_do(self, updates: int) -> bool:
-        return super().next_may_do(updates * self._accumulation - self._begun)
+        self._reach = self._reach * self._accumulation - gradients(self._optimizer) % self._accumulation
 
 
 def _calls(cursor: Cursor, every: tuple[int | None, ...], optimizer: Any, per_call: int | None) -> Calls:

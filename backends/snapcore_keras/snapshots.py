@@ -4,7 +4,7 @@ A callback is told of batches, and Keras' own numbers for them are no counts: wh
 model's variables are empty between batches, and looking at `self.model` fills them at the price of a round trip; so it
 is looked at only when calls can have led to a boundary. On JAX and PyTorch, Keras hands the ends of batches to other
 threads unless a callback asks for them in its own, and then no batch waits for the loss of the one before. So this
-callback takes them there as well, and does its work when the next batch begins.
+callback takes them there as well, and does its work when Keras asks after a batch, in its own thread, whether to stop.
 """
 
 import threading
@@ -106,17 +106,19 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._following: Following | None = None
         self._thread = threading.get_ident()
         self._counted = 0
-        self._waits = self._begun = self._told = self._stops = False
+        self._waits = self._begun = self._begins = self._told = False
 
-    async_safe = True
-    """Keras may tell of the end of a batch in another thread, and does where no other callback objects."""
+    @property
+    def async_safe(self) -> bool:
+        """Whether Keras may tell of the end of a batch in another thread: not to a subclass with a hook of its own."""
+        return type(self).on_train_batch_end is SnapshotCallback.on_train_batch_end
 
     def set_model(self, model: Any) -> None:
         """Check the optimizer and give it the schedule if it has none, before any callback restores anything."""
         super().set_model(model)
         self._thread = threading.get_ident()
         self._close_what_was_left()
-        self._waits = self._begun = self._told = self._stops = False
+        self._waits = self._begun = self._begins = self._told = False
         model = self.model
         check_cycles(self.program.schedule, model.steps_per_execution, accumulation(model.optimizer))
         self._counted = counted(model.optimizer)
@@ -137,21 +139,22 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 self._open(model)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
-        """Take what was due after the batch before, if its end was told in another thread; foresee the last one."""
+        """Have Keras ask whether to stop, after a batch that may lead to a boundary."""
         if self._begun:
-            self._take()
-        following, self._begun = self._following, True
-        if following is not None and not self._told and following.may_end():
-            model = self.model  # once
-            following.settle()
-            self._stops = following.may_end()
-            model.stop_training |= self._stops  # after this batch, when it is too late to say so from another thread
+            self._take()  # nobody has asked, since nothing could be due
+        self._begun = self._begins = True
+        following, model = self._following, self._model  # `self.model` would have JAX bring its state together
+        if not self._told and following is not None and following.calls.next_may_be_due() and not model.stop_training:
+            model.stop_training = _Asked(self)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Take what is due; end training with the program."""
         if threading.get_ident() == self._thread:
             self._told = True
-            self._take()
+            if self._begun or not self._begins:
+                self._take()
+        elif not self._begins:
+            raise ProtocolError("a batch has ended in another thread, and its begin was not told: call that hook, too")
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Wait for the files that a backup of this epoch counts on."""
@@ -178,8 +181,7 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if following is None:
             return
         _OPEN.pop(self.directory.absolute(), None)
-        if self._begun:  # `fit` has died, with a batch or before it
-            following.calls.add()
+        self._ask_no_more()
         try:
             following.settle()
         except BaseException:
@@ -190,6 +192,7 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def _take(self) -> None:
         """Do what is due after the batch that has begun."""
         self._begun = False
+        self._ask_no_more()
         if self._waits:
             self._open_late(self.model)
         following = self._opened()
@@ -199,9 +202,17 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         model = self.model  # on JAX this gives the variables their values
         if not following.cursor.finished and following.look():
             following.recorder.place()  # a backup made now has the new weights: the member must be on disk
-        if following.cursor.finished or self._stops:  # a scaled loss may have skipped what should have been the last
-            model.stop_training = following.cursor.finished
-        self._stops = False
+        model.stop_training |= following.cursor.finished
+
+    def _is_over(self) -> bool:
+        """Do what is due, if Keras asks for the first time since the batch began; return whether training ends."""
+        if self._begun and threading.get_ident() == self._thread:
+            self._take()
+        return self._following is not None and self._following.cursor.finished
+
+    def _ask_no_more(self) -> None:
+        if isinstance(self._model.stop_training, _Asked):
+            self._model.stop_training = False
 
     def _close_what_was_left(self) -> None:
         """Close the run of a `fit` that has died: in the thread that begins one, no other can be under way."""
@@ -312,6 +323,16 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if self._following is None:
             raise ProtocolError("no run is open: Keras calls on_epoch_begin before any batch; call it in a loop, too")
         return self._following
+
+
+class _Asked:
+    """Stands for `stop_training` in a batch that may lead to a boundary: Keras asks it after each, in its thread."""
+
+    def __init__(self, callback: SnapshotCallback) -> None:
+        self._callback = callback
+
+    def __bool__(self) -> bool:
+        return self._callback._is_over()
 
 
 _OPEN: dict[Path, SnapshotCallback] = {}

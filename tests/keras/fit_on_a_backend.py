@@ -80,10 +80,10 @@ class Counted(SnapshotCallback):
         return super().model
 
 
-def network(cycles, rate=None, *, dropout=True, **options):
+def network(cycles, rate=None, *, dropout=True, kind=keras.Sequential, **options):
     keras.utils.set_random_seed(1)
     drop = [layers.Dropout(0.2, seed=3), layers.Dropout(0.1)] if dropout else []
-    model = keras.Sequential([keras.Input((4,)), layers.Dense(8), layers.BatchNormalization(), *drop, layers.Dense(1)])
+    model = kind([keras.Input((4,)), layers.Dense(8), layers.BatchNormalization(), *drop, layers.Dense(1)])
     model.compile(keras.optimizers.SGD(rate or SnapshotSchedule(cycles), momentum=0.9), "mse", **options)
     return model
 
@@ -228,6 +228,20 @@ def die():
     raise InterruptedError
 
 
+class Own(keras.Sequential):
+    """Has a training step of its own, of which nothing is known."""
+
+    def train_step(self, *data):
+        return super().train_step(*data)
+
+
+class Changes(keras.callbacks.Callback):
+    """Changes the weights when an epoch ends, as averaging does, and asks for no batch's end."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.set_weights([each * 1.5 for each in self.model.get_weights()])
+
+
 def unwatched(folder):
     """Return what a run does whose callback Keras tells of batches' ends in other threads, where it has any.
 
@@ -240,12 +254,15 @@ def unwatched(folder):
         ("ends within one", CosineCycles(0.02, 21, 3), {}),
         ("accumulates", CosineCycles(0.02, 21, 3), {"gradient_accumulation_steps": 2}),
         ("restarts", star, {}),
+        ("steps by itself", SHORT, {"gradient_accumulation_steps": 4, "kind": Own}),
+        ("is changed after", LONG, {"others": [Changes()]}),
     ):
         ends = []
         for watch in ([], [Watch()]):
-            model = network(getattr(plan, "schedule", plan), 0.1)
+            model = network(getattr(plan, "schedule", plan), 0.1, kind=options.get("kind", keras.Sequential))
             model.optimizer.gradient_accumulation_steps = options.get("gradient_accumulation_steps")
-            history = fit(model, SnapshotCallback(folder / f"{name} {len(watch)}", plan), *watch, epochs=20)
+            callback = SnapshotCallback(folder / f"{name} {len(watch)}", plan)
+            history = fit(model, *options.get("others", ()), callback, *watch, epochs=20)
             ends.append((history.epoch, int(model.optimizer.iterations), model.get_weights()))
         (*mine, weights), (*its, expected) = ends
         equal = same(members(folder / f"{name} 0"), members(folder / f"{name} 1"))
