@@ -60,9 +60,8 @@ class Stacked:
             return torch.vmap(member)(self._tensors)
         except (RuntimeError, ValueError) as error:
             failed = error
-        member(
-            {name: stack[0].clone() for name, stack in self._tensors.items()}
-        )  # where it fails too, stacking is not why
+        # Where one alone fails too, stacking is not why.
+        member({name: stack[0].clone() for name, stack in self._tensors.items()})
         raise DataError(f"{type(self._base).__name__} cannot be run stacked: {failed}; {_INSTEAD}") from failed
 
     def _refuse_autocast(self) -> None:

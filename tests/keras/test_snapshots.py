@@ -4,6 +4,7 @@ import copy
 import os
 import signal
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import numpy as np
@@ -506,3 +507,19 @@ def test_after_a_member_that_is_not_finite_the_next_fit_in_the_directory_begins_
         fits.fit(fits.network(SHORT), callback, At(7, spoil))
     fits.fit(fits.network(SHORT), SnapshotCallback(tmp_path / "run", SHORT))
     assert fits.same(fits.members(tmp_path / "run"), unbroken)
+
+
+def test_an_end_told_in_another_thread_without_its_begin_is_refused(tmp_path):
+    """A loop of one's own would go on and take nothing."""
+    callback = SnapshotCallback(tmp_path / "run", SHORT)
+    with ThreadPoolExecutor() as other, pytest.raises(ProtocolError, match="its begin was not told"):
+        other.submit(callback.on_train_batch_end, 0).result()
+
+
+def test_a_subclass_that_listens_to_the_ends_of_batches_is_told_in_keras_own_thread(tmp_path):
+    class Listens(SnapshotCallback):
+        def on_train_batch_end(self, batch, logs=None):
+            super().on_train_batch_end(batch, logs)
+
+    assert SnapshotCallback(tmp_path / "run", SHORT).async_safe
+    assert not Listens(tmp_path / "run", SHORT).async_safe

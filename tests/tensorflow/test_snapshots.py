@@ -471,4 +471,5 @@ def test_two_workers_write_one_run_together_and_go_on_with_the_same_fresh_weight
     store = SnapshotStore(tmp_path / "run")
     assert ([member.step for member in store.members], store.stopped) == ([4, 8, 12], "finished")
     store.verify()
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
+    logs = ["log 0", "log 0.errors", "log 1", "log 1.errors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*logs, "run"]
