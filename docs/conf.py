@@ -15,8 +15,8 @@ os.environ["COLUMNS"] = "88"  # the command line's help is as wide as the termin
 
 import draw  # noqa: E402
 
-from snapcore.lab.command import app as command_line  # noqa: E402
-from snapcore.lab.command import run as run_command  # noqa: E402
+from snapcore.lab.cli import app as command_line  # noqa: E402
+from snapcore.lab.cli import run as run_command  # noqa: E402
 
 project = "snapcore"
 author = copyright = "the snapcore authors"

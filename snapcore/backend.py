@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    Tensors = Mapping[str, NDArray[Any]]
+    from snapcore.store import Tensors
 
 State = TypeVar("State")
 Report = Callable[[int, float], None]

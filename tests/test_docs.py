@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from snapcore import METHODS, program
-from snapcore.lab.command import app, run
+from snapcore.lab.cli import app, run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -11,7 +11,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from snapcore_jax.ensemble import SnapshotEnsemble
+from snapcore_jax.run import SnapshotRun
 from snapcore_jax.schedule import snapshot_schedule
-from snapcore_jax.snapshots import SnapshotRun
 
 __all__ = ["SnapshotEnsemble", "SnapshotRun", "snapshot_schedule"]

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from snapcore import DataError, Program
 from snapcore.backend import Data, Pending, Report, resolved
+from snapcore.store import Tensors
 from snapcore_jax.models import MODELS, Factory
-from snapcore_jax.state import Copy, Tensors, dump_training, load_training, named_leaves, with_leaves
+from snapcore_jax.state import Copy, dump_training, load_training, named_leaves, with_leaves
 from snapcore_jax.training import Loop
 from snapcore_jax.updates import Optimizer, Sgd, Step, Training, split, whole
 

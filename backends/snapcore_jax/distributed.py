@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from numpy.typing import NDArray
 
-from snapcore.group import Group
+from snapcore.run import Group
 
 
 class JaxGroup:

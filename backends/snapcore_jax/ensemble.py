@@ -9,10 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from snapcore import DataError, StoreError
-from snapcore.ensemble import ALREADY_PROBABILITIES, are_probabilities, refuse_one_output
-from snapcore.files import map_tensors
-from snapcore.members import Directory, member_files
-from snapcore.tuning import ROUNDS, TOLERANCE, TuningReport, tune
+from snapcore.ensemble import (
+    ALREADY_PROBABILITIES,
+    ROUNDS,
+    TOLERANCE,
+    Directory,
+    TuningReport,
+    are_probabilities,
+    member_files,
+    refuse_one_output,
+    tune,
+)
+from snapcore.store import map_tensors
 from snapcore_jax.strategies import STRATEGIES, Batch, Found, Still, Strategy, Weights, apart
 from snapcore_jax.trees import with_leaves
 

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from snapcore.recorder import WEIGHTS
+from snapcore.run import WEIGHTS
+from snapcore.store import Tensors
 from snapcore_jax.distributed import whole
-from snapcore_jax.trees import Tensors, is_key, named_leaves, with_leaves
+from snapcore_jax.trees import is_key, named_leaves, with_leaves
 
-__all__ = ["Copy", "Tensors", "dump_training", "load_training", "named_leaves", "with_leaves"]
+__all__ = ["Copy", "dump_training", "load_training", "named_leaves", "with_leaves"]
 
 REST = "rest/"
 """What the names of everything but the weights begin with in a resume point: moments, counts, random keys."""

@@ -5,7 +5,7 @@ variables, Equinox modules. A name is the path to the array, its parts joined by
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +15,7 @@ from jax.tree_util import keystr, tree_flatten_with_path, tree_unflatten
 from numpy.typing import NDArray
 
 from snapcore import DataError
-from snapcore.tensors import check_fit
-
-Tensors = Mapping[str, NDArray[Any]]
+from snapcore.store import Tensors, check_fit
 
 _Path = tuple[Any, ...]
 _NUMBERS = (bool, int, float, complex, np.generic)

@@ -13,8 +13,8 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
+from snapcore_keras.callback import SnapshotCallback
 from snapcore_keras.ensemble import SnapshotEnsemble
 from snapcore_keras.schedule import SnapshotSchedule
-from snapcore_keras.snapshots import SnapshotCallback
 
 __all__ = ["SnapshotCallback", "SnapshotEnsemble", "SnapshotSchedule"]

@@ -1,7 +1,7 @@
 """The backend verbs for Keras: how a managed run drives the native loop, on whichever backend Keras runs."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from snapcore import DataError, Program
 from snapcore.backend import Data, Pending, Report, resolved
-from snapcore.randomness import random_state, set_random_state
+from snapcore.run import random_state, set_random_state
+from snapcore.store import Tensors
 from snapcore_keras.models import MODELS, Factory
 from snapcore_keras.optimizers import Sgd, Velocity
 from snapcore_keras.schedule import SnapshotSchedule
 from snapcore_keras.state import Copy, dump_training, load_training, load_weights, named_weights, reset_moments
 from snapcore_keras.training import run
 
-Tensors = Mapping[str, NDArray[Any]]
 Precision = Literal["float32", "bfloat16"]
 Optimizer = Callable[[Any], keras.optimizers.Optimizer]
 """Makes an optimizer at a learning rate, which is a schedule."""

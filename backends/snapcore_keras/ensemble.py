@@ -9,12 +9,11 @@ from keras import ops
 from numpy.typing import NDArray
 
 from snapcore import DataError, StoreError
-from snapcore.files import map_tensors
-from snapcore.members import Directory, member_files
-from snapcore.tuning import ROUNDS, TOLERANCE, TuningReport, tune
+from snapcore.ensemble import ROUNDS, TOLERANCE, Directory, TuningReport, member_files, tune
+from snapcore.store import map_tensors
 from snapcore_keras.activations import Activation, resolved
-from snapcore_keras.averaging import MeanOfMembers
-from snapcore_keras.looking import FirstLook, is_symbolic
+from snapcore_keras.first_batch import FirstLook, is_symbolic
+from snapcore_keras.layer import MeanOfMembers
 from snapcore_keras.state import fitted, named_weights
 from snapcore_keras.strategies import Forward, Loop, Stacked, Strategy, Weights
 

@@ -15,11 +15,9 @@ from keras import ops
 from numpy.typing import NDArray
 
 from snapcore import DataError
-from snapcore.recorder import WEIGHTS
-from snapcore.tensors import check_fit
+from snapcore.run import WEIGHTS
+from snapcore.store import Tensors, check_fit
 from snapcore_keras.schedule import innermost
-
-Tensors = Mapping[str, NDArray[Any]]
 
 _OPTIMIZER = "rest/optimizer/"
 _RANDOM = "rest/random/"

@@ -24,7 +24,7 @@ if keras.backend.backend() != "tensorflow":
     )
 
 from snapcore_tensorflow.ensemble import SnapshotEnsemble
+from snapcore_tensorflow.run import SnapshotRun
 from snapcore_tensorflow.schedule import SnapshotSchedule
-from snapcore_tensorflow.snapshots import SnapshotRun
 
 __all__ = ["SnapshotEnsemble", "SnapshotRun", "SnapshotSchedule"]

@@ -2,22 +2,19 @@
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import tensorflow as tf
-from numpy.typing import NDArray
 
 from snapcore import DataError, Program
 from snapcore.backend import Data, Pending, Report
+from snapcore.store import Tensors
 from snapcore_keras.backend import KerasBackend, KerasState, Optimizer, Precision, built
 from snapcore_keras.optimizers import Sgd, Velocity
 from snapcore_keras.schedule import has_plain_rate, innermost
 from snapcore_tensorflow.models import Factory
 from snapcore_tensorflow.training import Loop
-
-Tensors = Mapping[str, NDArray[Any]]
 
 log = logging.getLogger(__name__)
 

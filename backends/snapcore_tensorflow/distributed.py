@@ -8,7 +8,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from snapcore import ProtocolError
-from snapcore.group import Group
+from snapcore.run import Group
 
 _KINDS = ("chief", "worker")
 """The tasks that train, in the order of their ranks."""

@@ -8,7 +8,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from snapcore import DataError
-from snapcore.members import Directory
+from snapcore.ensemble import Directory
 from snapcore_keras.activations import Activation
 from snapcore_keras.ensemble import SnapshotEnsemble as _KerasEnsemble
 from snapcore_keras.strategies import Forward, Loop, Strategy, Weights

@@ -9,7 +9,7 @@ except ModuleNotFoundError as error:
 
 from snapcore_torch.distributed import TorchGroup
 from snapcore_torch.ensemble import SnapshotEnsemble
+from snapcore_torch.run import SnapshotRun
 from snapcore_torch.schedule import SnapshotLR
-from snapcore_torch.snapshots import SnapshotRun
 
 __all__ = ["SnapshotEnsemble", "SnapshotLR", "SnapshotRun", "TorchGroup"]

@@ -13,10 +13,11 @@ from torch.optim import SGD, Optimizer
 
 from snapcore import DataError, Program
 from snapcore.backend import Data, Pending, Report, resolved
-from snapcore.group import Group
-from snapcore_torch.averaging import AverageCount
+from snapcore.run import Group
+from snapcore.store import Tensors
+from snapcore_torch.batches import DeviceFeed
 from snapcore_torch.distributed import current_group
-from snapcore_torch.feeds import DeviceFeed
+from snapcore_torch.ema import AverageCount
 from snapcore_torch.models import MODELS, Factory
 from snapcore_torch.options import UpdateOptions
 from snapcore_torch.schedule import GroupRates
@@ -32,7 +33,6 @@ from snapcore_torch.state import (
 )
 from snapcore_torch.training import Loop
 
-Tensors = Mapping[str, NDArray[Any]]
 _EVALUATION_BATCH = 1024
 
 

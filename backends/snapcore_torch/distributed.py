@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from snapcore import DataError, ProtocolError
-from snapcore.group import Alone, Group
+from snapcore.run import Alone, Group
 
 
 class TorchGroup:

@@ -11,9 +11,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snapcore import DataError, StoreError
-from snapcore.ensemble import ALREADY_PROBABILITIES, are_probabilities, refuse_one_output
-from snapcore.members import Directory, member_files
-from snapcore.tuning import ROUNDS, TOLERANCE, TuningReport, deviation, tune
+from snapcore.ensemble import (
+    ALREADY_PROBABILITIES,
+    ROUNDS,
+    TOLERANCE,
+    Directory,
+    TuningReport,
+    are_probabilities,
+    deviation,
+    member_files,
+    refuse_one_output,
+    tune,
+)
 from snapcore_torch.state import check_module_fit, named_tensors, plain_name, to_numpy, unwrapped
 from snapcore_torch.strategies import STRATEGIES, Stacked
 

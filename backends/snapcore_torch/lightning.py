@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from snapcore import Program, ProtocolError, Schedule, SnapcoreError
-from snapcore.hosted import Place, check_length
 from snapcore.protocol import as_program
+from snapcore.run import Place, check_length
+from snapcore_torch.run import FreshWeights, SnapshotRun
 from snapcore_torch.schedule import SnapshotLR
-from snapcore_torch.snapshots import FreshWeights, SnapshotRun
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer

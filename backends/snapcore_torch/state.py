@@ -12,11 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from snapcore import DataError
-from snapcore.packing import pack, unpack
-from snapcore.recorder import WEIGHTS
-from snapcore.tensors import check_fit
+from snapcore.run import WEIGHTS
+from snapcore.store import Tensors, check_fit, pack, unpack
 
-Tensors = Mapping[str, NDArray[Any]]
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 MODEL = "model/"
 """What the names of the trained weights begin with in a resume point, when others are the members'."""

@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 
 from snapcore import DivergedError, Schedule
 from snapcore.backend import Report
-from snapcore.group import Alone, Group
-from snapcore_torch.averaging import moving_average
+from snapcore.run import Alone, Group
+from snapcore_torch.batches import CHUNK, Feed
 from snapcore_torch.counting import UpdateCount
 from snapcore_torch.distributed import mean_over_processes
-from snapcore_torch.feeds import CHUNK, Feed
+from snapcore_torch.ema import moving_average
 from snapcore_torch.options import UpdateOptions
 from snapcore_torch.schedule import GroupRates
 

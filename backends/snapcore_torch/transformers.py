@@ -22,10 +22,10 @@ except ModuleNotFoundError as error:
     ) from error
 
 from snapcore import Program, ProtocolError, Schedule, program_from_dict
-from snapcore.hosted import Place, check_length
 from snapcore.protocol import as_program
+from snapcore.run import Place, check_length
+from snapcore_torch.run import FreshWeights, SnapshotRun
 from snapcore_torch.schedule import SnapshotLR
-from snapcore_torch.snapshots import FreshWeights, SnapshotRun
 
 
 class SnapshotCallback(TrainerCallback, ExportableState):

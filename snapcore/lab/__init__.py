@@ -11,7 +11,7 @@ def main() -> None:
     """Run the `snapcore` command; without the `lab` extra, say how to install it."""
     _speak_plainly()
     try:
-        from snapcore.lab.command import run
+        from snapcore.lab.cli import run
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise

@@ -12,12 +12,11 @@ import numpy as np
 from snapcore.backend import Backend, load_backend
 from snapcore.ensemble import prefix_curve
 from snapcore.errors import DataError, StoreError
-from snapcore.files import replacing
-from snapcore.lab.data import Dataset
+from snapcore.lab.datasets import Dataset
 from snapcore.lab.job import Job, load_job
-from snapcore.lab.scoring import Predictions, Scored
+from snapcore.lab.predictions import Predictions, Scored
 from snapcore.protocol import program_from_dict
-from snapcore.store import SnapshotStore
+from snapcore.store import SnapshotStore, replacing
 
 RESULTS = "results.json"
 

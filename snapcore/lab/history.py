@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from snapcore.errors import StoreError
-from snapcore.files import replacing
+from snapcore.store import replacing
 
 FILE = "history.csv"
 _HEADER = ("step", "lr", "loss")

@@ -10,9 +10,9 @@ import msgspec
 from snapcore.backend import Backend, available_backends, load_backend
 from snapcore.data import TrainingData
 from snapcore.errors import BackendNotFoundError, DataError, StoreError
-from snapcore.files import replacing
-from snapcore.lab.data import Dataset, load_data
+from snapcore.lab.datasets import Dataset, load_data
 from snapcore.protocol import Program, program
+from snapcore.store import replacing
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 

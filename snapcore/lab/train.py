@@ -6,19 +6,17 @@ from typing import Any
 
 from snapcore.backend import Backend, Report
 from snapcore.errors import StoreError
-from snapcore.lab.data import Dataset
+from snapcore.lab.datasets import Dataset
+from snapcore.lab.display import Display
 from snapcore.lab.evaluate import RESULTS, evaluate, write_results
 from snapcore.lab.history import History
 from snapcore.lab.job import FILE, Job, load_job
 from snapcore.lab.plots import plot_training
-from snapcore.lab.scoring import probabilities
-from snapcore.lab.show import Display
-from snapcore.manifest import MANIFEST
+from snapcore.lab.predictions import probabilities
 from snapcore.metrics import score
 from snapcore.protocol import Program, Snapshot
-from snapcore.resume import clear_point
 from snapcore.run import execute
-from snapcore.store import SnapshotStore, move_aside
+from snapcore.store import MANIFEST, SnapshotStore, clear_point, move_aside
 
 PLOT = "training.png"
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from snapcore.backend import resolved
 from snapcore.errors import DataError
-from snapcore.tensors import check_fit
+from snapcore.store import check_fit
 
 HIDDEN = 16
 

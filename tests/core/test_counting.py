@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapcore import CosineCycles, Cursor, CycleWarning, DivergedError, ProtocolError
-from snapcore.counting import Calls, Ending, FollowedLoader
-from snapcore.resume import read_point
-from snapcore.store import SnapshotStore
+from snapcore.run import Calls, Ending, FollowedLoader
+from snapcore.store import SnapshotStore, read_point
 
 from .training import Loop
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapcore import CosineCycles, Cursor, ProtocolError
-from snapcore.epochs import Epochs
-from snapcore.randomness import random_state, set_random_state
+from snapcore.run.batches import Epochs
+from snapcore.run.random_state import random_state, set_random_state
 
 from .training import Loop, counts
 

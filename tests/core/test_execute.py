@@ -2,13 +2,13 @@
 
 import itertools
 import tempfile
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapcore import CosineCycles, DivergedError, Program, Restart, StoreError, program
-from snapcore import run as run_module
 from snapcore.store import SnapshotStore
 
 from .training import RESTARTS, SIXTY, NumpyBackend, assert_same, managed, members_of, simulate, weights_of
@@ -67,7 +67,7 @@ def test_the_native_loop_comes_back_for_every_resume_point(tmp_path):
 def calls_that_take(seconds, monkeypatch, directory):
     """The lengths of the native loop's calls where each of them takes so long by the clock."""
     now = iter(range(10**6))
-    monkeypatch.setattr(run_module.time, "monotonic", lambda: next(now) * seconds)
+    monkeypatch.setattr(time, "monotonic", lambda: next(now) * seconds)
     backend = NumpyBackend()
     managed(directory, Program("one", CosineCycles(0.1, 2000, 1)), backend)
     return [entry[2] - entry[1] for entry in backend.log if entry[0] == "train"]
@@ -83,7 +83,7 @@ def test_the_calls_of_a_loop_at_the_right_pace_stay_as_they_are(tmp_path, monkey
 
 def test_the_calls_of_a_loop_that_slows_down_become_shorter(tmp_path, monkeypatch):
     times = iter([0, 0.1, 0.2, 5.2, 10.2, *range(11, 99)])
-    monkeypatch.setattr(run_module.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
     backend = NumpyBackend()
     managed(tmp_path, Program("one", CosineCycles(0.1, 600, 1)), backend)
     assert [entry[2] - entry[1] for entry in backend.log if entry[0] == "train"] == [50, 100, 200, 100, 50, 50, 50]

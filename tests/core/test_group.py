@@ -1,6 +1,6 @@
 """A group of one."""
 
-from snapcore.group import Alone, Group
+from snapcore.run import Alone, Group
 
 
 def test_who_is_alone_leads_and_hears_only_itself():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from snapcore import CorruptSnapshotError, DataError, StoreError
-from snapcore.members import member_files
+from snapcore.ensemble import member_files
 from snapcore.store import SnapshotStore
 
 

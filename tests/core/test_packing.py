@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from snapcore import DataError
-from snapcore.packing import pack, unpack
+from snapcore.store import pack, unpack
 
 
 def is_tensor(value):

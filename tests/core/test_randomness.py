@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapcore.randomness import random_state, set_random_state
+from snapcore.run.random_state import random_state, set_random_state
 
 DRAWS = [
     random.random,

@@ -19,8 +19,7 @@ from snapcore import (
     StoreError,
     program,
 )
-from snapcore.resume import read_point
-from snapcore.store import SnapshotStore
+from snapcore.store import SnapshotStore, read_point
 
 from .training import SIXTY, Copied, Loop, counts, members_of, weights_of
 

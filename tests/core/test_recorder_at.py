@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapcore import CosineCycles, CycleWarning, DivergedError, Program, ProtocolError, Restart, StoreError
-from snapcore.hosted import Place, check_length
+from snapcore.run import Place, check_length
 from snapcore.store import SnapshotStore
 
 from .training import SIXTY, Loop, counts, members_of

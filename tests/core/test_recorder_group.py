@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from snapcore import CosineCycles, Program, ProtocolError, Restart, StoreError, program
-from snapcore.resume import read_point
-from snapcore.store import SnapshotStore
+from snapcore.store import SnapshotStore, read_point
 
 from .training import Copied, Loop, NumpyBackend, assert_same, managed, members_of, simulate
 

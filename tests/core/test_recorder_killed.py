@@ -13,9 +13,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import snapcore.recorder
-import snapcore.resume
-import snapcore.store
+import snapcore.run.recorder
+import snapcore.store.directory
+import snapcore.store.resume_point
 from snapcore import CosineCycles, Program, Restart, StepDecay, StoreError, program
 from snapcore.store import SnapshotStore
 
@@ -27,10 +27,10 @@ TOUCHES = [
     (SnapshotStore, "put"),
     (SnapshotStore, "add"),
     (SnapshotStore, "describe"),
-    (snapcore.recorder, "write_point"),
-    (snapcore.recorder, "clear_point"),
-    (snapcore.store, "save_file"),
-    (snapcore.resume, "save_file"),
+    (snapcore.run.recorder, "write_point"),
+    (snapcore.run.recorder, "clear_point"),
+    (snapcore.store.directory, "save_file"),
+    (snapcore.store.resume_point, "save_file"),
     (Path, "write_bytes"),
     (os, "fsync"),
     (os, "replace"),

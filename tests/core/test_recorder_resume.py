@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapcore import CorruptSnapshotError, CosineCycles, DataError, Program, Restart, StoreError, program
-from snapcore.resume import read_point
-from snapcore.store import SnapshotStore
+from snapcore.store import SnapshotStore, read_point
 
 from .training import (
     RESTARTS,

@@ -8,8 +8,7 @@ import threading
 import pytest
 
 from snapcore import CosineCycles, Program, Restart, StoreError, program
-from snapcore.resume import read_point
-from snapcore.store import SnapshotStore
+from snapcore.store import SnapshotStore, read_point
 
 from .training import (
     Loop,

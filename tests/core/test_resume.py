@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-import snapcore.resume
+import snapcore.store.resume_point
 from snapcore import CorruptSnapshotError, StoreError
-from snapcore.manifest import Member
-from snapcore.resume import ResumePoint, clear_point, read_point, write_point
+from snapcore.store import Member, ResumePoint, clear_point, read_point, write_point
 
 MEMBER = Member(2, "snapshot-002.safetensors", "5" * 64, step=9, due=9, cycle=1, lr=0.1, framework="numpy")
 POINT = ResumePoint({"moment": np.arange(3.0), "weights/w": np.ones((2, 2), "f4")}, {"place": {"step": 7}})
@@ -182,7 +181,9 @@ def rewritten(directory, **changes):
     """Have a point that was written otherwise, with a digest that fits."""
     with pytest.MonkeyPatch.context() as patched:
         dumps = json.dumps
-        patched.setattr(snapcore.resume.json, "dumps", lambda content, **options: dumps({**content, **changes}))
+        patched.setattr(
+            snapcore.store.resume_point.json, "dumps", lambda content, **options: dumps({**content, **changes})
+        )
         write_point(directory, POINT)
 
 
@@ -202,7 +203,7 @@ def test_a_member_that_is_none_is_refused(tmp_path, member):
 
 def test_a_file_of_tensors_that_is_no_point_is_refused(tmp_path):
     write_point(tmp_path, POINT)
-    snapcore.resume.save_file({"w": np.ones(3)}, file(tmp_path))
+    snapcore.store.resume_point.save_file({"w": np.ones(3)}, file(tmp_path))
     with pytest.raises(CorruptSnapshotError, match="is not what was written"):
         read_point(tmp_path)
 
@@ -212,7 +213,7 @@ def test_a_point_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch
         raise OSError(5, "Input/output error")
 
     write_point(tmp_path, POINT)
-    monkeypatch.setattr(snapcore.resume.files, "metadata", fails)
+    monkeypatch.setattr(snapcore.store.resume_point, "read_metadata", fails)
     with pytest.raises(StoreError, match=r"cannot be read: .*Input/output error") as caught:
         read_point(tmp_path)
     assert type(caught.value) is StoreError

@@ -11,8 +11,8 @@ import threading
 import numpy as np
 import pytest
 
-import snapcore.files
-import snapcore.store
+import snapcore.store.atomic
+import snapcore.store.directory
 from snapcore.errors import StoreError
 from snapcore.store import SnapshotStore, move_aside
 
@@ -65,8 +65,8 @@ def failing(call, owner, name):
     ("owner", "name", "call", "file"),
     [
         (os, "open", 1, "snapshot-002.safetensors"),
-        (snapcore.store, "save_file", 1, "snapshot-002.safetensors"),
-        (snapcore.files, "digest", 1, "snapshot-002.safetensors"),
+        (snapcore.store.directory, "save_file", 1, "snapshot-002.safetensors"),
+        (snapcore.store.atomic, "digest", 1, "snapshot-002.safetensors"),
         (os, "fsync", 1, "snapshot-002.safetensors"),
         (pathlib.Path, "chmod", 1, "snapshot-002.safetensors"),
         (pathlib.Path, "replace", 1, "snapshot-002.safetensors"),
@@ -150,7 +150,7 @@ def test_temporary_files_that_cannot_be_swept_are_reported(run, monkeypatch):
 
 def test_a_file_that_cannot_be_read_is_not_called_damaged(run, monkeypatch):
     store = SnapshotStore(run)
-    monkeypatch.setattr(snapcore.files, "digest", failing(1, snapcore.files, "digest"))
+    monkeypatch.setattr(snapcore.store.atomic, "digest", failing(1, snapcore.store.atomic, "digest"))
     with pytest.raises(StoreError, match=r"snapshot-001\.safetensors cannot be read") as caught:
         store.load(1)
     assert type(caught.value) is StoreError
@@ -159,14 +159,14 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(run, monkeypatch):
 KILLED = """
 import os, signal, sys
 import numpy as np
-import snapcore.files
+import snapcore.store.atomic
 from snapcore.store import SnapshotStore
 store = SnapshotStore(sys.argv[1], "w")
 print("ready", flush=True)
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "flush":
-    snapcore.files._flush = die
+    snapcore.store.atomic._flush = die
 else:
     store._write = die
 store.save({"w": np.zeros(10)}, index=2, step=20, cycle=1, lr=0.1, framework="numpy")
@@ -260,7 +260,7 @@ def test_a_directory_that_cannot_be_renamed_says_so_and_is_not_left_locked(run, 
 
 
 def test_without_posix_directories_are_not_flushed_and_the_lock_is_freed_before_the_rename(run, monkeypatch):
-    monkeypatch.setattr(snapcore.files, "POSIX", False)
+    monkeypatch.setattr(snapcore.store.atomic, "POSIX", False)
     opened = []
     original = os.open
     monkeypatch.setattr(os, "open", lambda path, *rest, **more: opened.append(path) or original(path, *rest, **more))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from snapcore.errors import DataError, DivergedError
-from snapcore.tensors import check_finite, check_fit
+from snapcore.store import check_finite, check_fit
 
 FLOATS = [np.float16, np.float32, np.float64, ml_dtypes.bfloat16, np.complex64, np.complex128]
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from snapcore.termination import EXIT_CODE, Termination
+from snapcore.run.sigterm import EXIT_CODE, Termination
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_second_signal_is_the_systems_where_there_is_no_handler(earlier, monke
 def test_a_second_signal_ends_a_program_that_has_no_handler():
     ended = python(
         "import os, signal\n"
-        "from snapcore.termination import Termination\n"
+        "from snapcore.run.sigterm import Termination\n"
         "termination = Termination()\n"
         "for _ in range(2):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -136,7 +136,7 @@ def test_a_second_signal_ends_a_program_that_has_no_handler():
 def test_a_forked_process_dies_of_it_and_the_parent_hears_nothing():
     ended = python(
         "import os, signal\n"
-        "from snapcore.termination import Termination\n"
+        "from snapcore.run.sigterm import Termination\n"
         "termination = Termination()\n"
         "child = os.fork()\n"
         "if child == 0:\n"

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapcore import DataError, ProtocolError
-from snapcore.tuning import Trial, deviation, tune
+from snapcore.ensemble import Trial, tune
+from snapcore.ensemble.tuning import deviation
 
 
 class Machine:

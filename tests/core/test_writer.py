@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from snapcore.errors import ProtocolError
-from snapcore.writer import SnapshotWriter
+from snapcore.run.background import SnapshotWriter
 
 
 class Gate:
@@ -242,7 +242,7 @@ def test_however_many_jobs_fail_only_the_first_copy_of_the_weights_waits_to_be_t
 
 UNCLOSED = """
 import threading
-from snapcore.writer import SnapshotWriter
+from snapcore.run.background import SnapshotWriter
 writer, main = SnapshotWriter(), threading.main_thread()
 writer.submit(main.join)                       # ends only once the program's own code has
 writer.submit(lambda: print("written"))
@@ -257,7 +257,7 @@ def test_jobs_are_still_done_when_the_owner_never_closes():
 
 
 def test_an_error_nobody_was_told_of_is_printed_at_exit():
-    result = python("from snapcore.writer import SnapshotWriter; SnapshotWriter().submit(lambda: 1 / 0)")
+    result = python("from snapcore.run.background import SnapshotWriter; SnapshotWriter().submit(lambda: 1 / 0)")
     assert "ZeroDivisionError" in result.stderr
 
 
@@ -276,7 +276,7 @@ def test_a_closed_writer_leaves_nothing_to_do_at_exit(monkeypatch):
 FORKED = """
 import os, threading
 from snapcore.errors import ProtocolError
-from snapcore.writer import SnapshotWriter
+from snapcore.run.background import SnapshotWriter
 writer, begun, opened = SnapshotWriter(), threading.Event(), threading.Event()
 writer.submit(lambda: (begun.set(), opened.wait()))
 begun.wait()

@@ -9,8 +9,7 @@ import numpy as np
 
 from snapcore import CosineCycles, Restart, program
 from snapcore.data import TrainingData
-from snapcore.recorder import Recorder, restart_weights
-from snapcore.run import execute
+from snapcore.run import Recorder, execute, restart_weights
 from snapcore.store import SnapshotStore
 
 SIXTY = CosineCycles(0.2, 60, 3)  # members after 20, 40 and 60 updates

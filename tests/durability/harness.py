@@ -9,9 +9,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from snapcore.manifest import MANIFEST
-from snapcore.resume import FILE, FOLDER
-from snapcore.store import SnapshotStore
+from snapcore.store import MANIFEST, SnapshotStore
+from snapcore.store.resume_point import FILE, FOLDER
 
 from .kill_model import HOLD, SLOW
 from .sabotage import Fault

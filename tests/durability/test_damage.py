@@ -13,8 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from snapcore.errors import CorruptSnapshotError, StoreError
-from snapcore.resume import ResumePoint, read_point, write_point
-from snapcore.store import SnapshotStore
+from snapcore.store import ResumePoint, SnapshotStore, read_point, write_point
 
 from .conftest import DAMAGED
 from .harness import MANIFEST, POINT, Fault, assert_same, finished
@@ -22,7 +21,7 @@ from .harness import MANIFEST, POINT, Fault, assert_same, finished
 DAMAGE = int(os.environ.get("SNAPCORE_DAMAGE", "1000"))
 MEMBER = "snapshot-001.safetensors"
 FILES = {MANIFEST: "manifest", MEMBER: "member", str(POINT): "resume point"}
-IN_CYCLE_2 = Fault("snapcore.recorder:write_point", count=6)
+IN_CYCLE_2 = Fault("snapcore.run.recorder:write_point", count=6)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from snapcore import CosineCycles
-from snapcore.recorder import Recorder
+from snapcore.run import Recorder
 
 TEMPORARY = re.compile(r"\.tmp-(.*)-[0-9a-f]{8}")
 

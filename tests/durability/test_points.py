@@ -11,13 +11,17 @@ import pytest
 from .conftest import AT_POINT
 from .harness import EVERY, METHODS, Fault, assert_same, finished
 
-PUT, ADD, RENAME = "snapcore.store:SnapshotStore.put", "snapcore.store:SnapshotStore.add", "os:replace"
-SAVE_HISTORY, CLEAR = "snapcore.lab.history:History.write", "snapcore.recorder:clear_point"
+PUT, ADD, RENAME = (
+    "snapcore.store.directory:SnapshotStore.put",
+    "snapcore.store.directory:SnapshotStore.add",
+    "os:replace",
+)
+SAVE_HISTORY, CLEAR = "snapcore.lab.history:History.write", "snapcore.run.recorder:clear_point"
 MID_CYCLE, CYCLE_END = 30 // EVERY, 40 // EVERY  # which resume point
 
 POINTS = {
     "job.json, before its rename": Fault(RENAME, match="job.json"),
-    "between job.json and the manifest": Fault("snapcore.store:SnapshotStore._write"),
+    "between job.json and the manifest": Fault("snapcore.store.directory:SnapshotStore._write"),
     "first manifest, before its rename": Fault(RENAME, match="snapcore.json"),
     "between the first manifest and the program in it": Fault(RENAME, match="snapcore.json", after=True),
     "member, between capture and file": Fault(PUT, count=2),

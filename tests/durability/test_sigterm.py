@@ -4,12 +4,11 @@ import signal
 
 import pytest
 
-from snapcore.resume import read_point
-from snapcore.store import SnapshotStore
+from snapcore.store import SnapshotStore, read_point
 
 from .harness import CYCLE, EVERY, HOLD, METHODS, POINT, UPDATES, Fault, Spawned, assert_same, finished, wait_for
 
-RECORD = "snapcore.recorder:Recorder.record"
+RECORD = "snapcore.run.recorder:Recorder.record"
 TOLD_TO_END = 143
 
 
@@ -68,7 +67,7 @@ def test_the_command_line_told_to_end_from_outside_goes_on_exactly(reference, tm
 def test_a_second_sigterm_ends_a_run_that_does_not_come_back(zygote, reference, tmp_path):
     directory = tmp_path / "run"
     (tmp_path / HOLD).touch()
-    second = Fault("snapcore.termination:Termination._note", "SIGTERM", after=True)
+    second = Fault("snapcore.run.sigterm:Termination._note", "SIGTERM", after=True)
     child = zygote.start(directory, fault=second)
     wait_for(directory / POINT)
     child.send(signal.SIGTERM)

@@ -17,7 +17,7 @@ from snapcore.errors import StoreError
 from snapcore.store import SnapshotStore, move_aside
 
 INDEXES, SEEDS = st.integers(1, 5), st.integers(0, 2**32 - 1)
-CALLS = ("os.open", "os.fsync", "os.replace", "snapcore.files.digest", "snapcore.store.save_file")
+CALLS = ("os.open", "os.fsync", "os.replace", "snapcore.store.atomic.digest", "snapcore.store.directory.save_file")
 
 
 def weights(seed):

@@ -19,12 +19,12 @@ from sabotage import Fault, install
 
 from snapcore.backend import load_backend
 from snapcore.lab import main
-from snapcore.lab.data import load_data
+from snapcore.lab.datasets import load_data
 
 
 def prepare():
     """Import what the command imports only when it comes to it."""
-    importlib.import_module("snapcore.lab.command")
+    importlib.import_module("snapcore.lab.cli")
     load_backend("torch")
     load_data("digits")
     figure = matplotlib.figure.Figure(layout="constrained")

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 
 from snapcore import CosineCycles
+from snapcore_jax.run import SnapshotRun
 from snapcore_jax.schedule import snapshot_schedule
-from snapcore_jax.snapshots import SnapshotRun
 
 CYCLES = CosineCycles(lr=0.1, steps=12, cycles=3)
 

@@ -13,8 +13,8 @@ from flax import nnx
 from snapcore import CosineCycles, DataError, Program, ProtocolError, Restart, program
 from snapcore.store import SnapshotStore
 from snapcore_jax.counting import read_count, with_new_moments
+from snapcore_jax.run import SnapshotRun
 from snapcore_jax.schedule import snapshot_schedule
-from snapcore_jax.snapshots import SnapshotRun
 
 CYCLES = CosineCycles(lr=0.1, steps=12, cycles=3)
 RATE = snapshot_schedule(CYCLES)

@@ -14,8 +14,8 @@ from flax import nnx
 
 from snapcore import DataError, ProtocolError, StoreError, program
 from snapcore.store import SnapshotStore
+from snapcore_jax.run import SnapshotRun
 from snapcore_jax.schedule import snapshot_schedule
-from snapcore_jax.snapshots import SnapshotRun
 
 from ..forked import Forked
 

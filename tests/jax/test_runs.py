@@ -13,8 +13,8 @@ from snapcore import CosineCycles, CycleWarning, ProtocolError, StoreError
 from snapcore.store import SnapshotStore
 from snapcore_jax import snapshots
 from snapcore_jax.counting import read_count
+from snapcore_jax.run import SnapshotRun
 from snapcore_jax.schedule import snapshot_schedule
-from snapcore_jax.snapshots import SnapshotRun
 
 CYCLES = CosineCycles(lr=0.1, steps=12, cycles=3)
 RATE = snapshot_schedule(CYCLES)

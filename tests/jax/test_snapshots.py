@@ -13,8 +13,8 @@ from flax import linen, nnx
 
 from snapcore import CosineCycles, DivergedError, ProtocolError
 from snapcore.store import SnapshotStore
+from snapcore_jax.run import SnapshotRun
 from snapcore_jax.schedule import snapshot_schedule
-from snapcore_jax.snapshots import SnapshotRun
 
 CYCLES = CosineCycles(lr=0.1, steps=12, cycles=3)
 TX = optax.sgd(snapshot_schedule(CYCLES), momentum=0.9)

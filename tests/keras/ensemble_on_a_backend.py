@@ -16,8 +16,7 @@ import pytest  # noqa: E402
 from keras import layers, ops  # noqa: E402
 
 from snapcore import DataError  # noqa: E402
-from snapcore.files import map_tensors  # noqa: E402
-from snapcore.store import SnapshotStore  # noqa: E402
+from snapcore.store import SnapshotStore, map_tensors  # noqa: E402
 from snapcore_keras import SnapshotEnsemble  # noqa: E402
 from snapcore_keras.state import Copy, named_weights  # noqa: E402
 

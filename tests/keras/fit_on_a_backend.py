@@ -15,8 +15,7 @@ import numpy as np
 from keras import layers, ops
 
 from snapcore import CosineCycles, CycleWarning, program
-from snapcore.resume import read_point
-from snapcore.store import SnapshotStore
+from snapcore.store import SnapshotStore, read_point
 from snapcore_keras import SnapshotCallback, SnapshotSchedule
 
 warnings.simplefilter("ignore", CycleWarning)

@@ -23,11 +23,10 @@ from snapcore import (
     StoreError,
     program,
 )
-from snapcore.resume import read_point
-from snapcore.store import SnapshotStore
+from snapcore.store import SnapshotStore, read_point
 from snapcore_keras import SnapshotCallback, SnapshotSchedule
-from snapcore_keras.executions import check_cycles
-from snapcore_keras.following import Following
+from snapcore_keras.run import Following
+from snapcore_keras.steps_per_execution import check_cycles
 
 SHORT = CosineCycles(0.02, 24, 3)  # epochs have 6 batches
 

@@ -7,8 +7,7 @@ import pytest
 from keras import layers
 
 from snapcore import DataError
-from snapcore.files import map_tensors
-from snapcore.store import SnapshotStore
+from snapcore.store import SnapshotStore, map_tensors
 from snapcore_keras.models import MODELS
 from snapcore_keras.state import Copy, dump_training, load_training, load_weights, named_weights, reset_moments
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from snapcore.lab.command import run
+from snapcore.lab.cli import run
 
 PATHS = [str(Path(path).absolute()) for path in sys.path]  # before any test changes the directory
 SHORT = ("--model", "mlp", "--epochs", "3", "--cycles", "3")  # 63 updates, members after 21, 42 and 63

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from snapcore import CosineCycles
-from snapcore.lab.command import app
+from snapcore.lab.cli import app
 from snapcore.store import SnapshotStore
 
 SHORT = ("--epochs", "3", "--cycles", "3")
@@ -298,7 +298,7 @@ def test_an_own_module_that_is_missing_is_not_taken_for_the_extra(python):
 def test_without_pytorch_every_door_says_how_to_install_it(python):
     code = """
 import contextlib, io, json
-from snapcore.lab.command import run
+from snapcore.lab.cli import run
 told = []
 for words in (["train"], ["backends"], ["train", "--backend", "torch"]):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:

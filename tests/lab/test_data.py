@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from snapcore.errors import DataError
-from snapcore.lab import data as data_module
-from snapcore.lab.data import Dataset, load_data
+from snapcore.lab import datasets as data_module
+from snapcore.lab.datasets import Dataset, load_data
 
 KERAS = ("x_train", "y_train", "x_test", "y_test")
 MEDMNIST = ("train_images", "train_labels", "test_images", "test_labels")

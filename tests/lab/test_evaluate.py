@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import accuracy_score, log_loss
 
 from snapcore import DataError
-from snapcore.lab.data import load_data
+from snapcore.lab.datasets import load_data
 from snapcore.lab.evaluate import evaluate
 from snapcore_torch import SnapshotEnsemble
 from snapcore_torch.models import mlp

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from snapcore.lab.command import run
-from snapcore.lab.data import load_data
+from snapcore.lab.cli import run
+from snapcore.lab.datasets import load_data
 from snapcore.metrics import nll
 
 pytestmark = pytest.mark.xdist_group("frameworks")  # the runs are made once
@@ -83,7 +83,7 @@ def test_a_mixed_ensemble_is_the_mean_of_what_each_framework_predicts(runs, cli,
 @pytest.mark.parametrize(("first", "second"), [("torch", "torch"), ("jax", "jax"), ("torch", "jax")])
 def test_a_framework_is_imported_only_if_a_run_is_of_it(runs, python, first, second):
     code = (
-        "import json, sys; from snapcore.lab.command import run; code = run(sys.argv[1:]); "
+        "import json, sys; from snapcore.lab.cli import run; code = run(sys.argv[1:]); "
         "print(json.dumps([code, [name for name in ('torch', 'jax', 'keras', 'tensorflow') if name in sys.modules]]))"
     )
     done = python("-c", code, "evaluate", runs[first], runs[second], "--output", "scores")

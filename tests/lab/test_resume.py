@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from snapcore import CosineCycles
-from snapcore.lab.command import run
+from snapcore.lab.cli import run
 from snapcore.run import execute
 from snapcore.store import SnapshotStore
 

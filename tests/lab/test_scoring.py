@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from snapcore import StoreError
-from snapcore.lab.scoring import Predictions, Scored, probabilities
+from snapcore.lab.predictions import Predictions, Scored, probabilities
 from snapcore.metrics import score
 from snapcore.store import SnapshotStore
 

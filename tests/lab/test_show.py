@@ -8,9 +8,9 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from snapcore import METHODS, CosineCycles, Snapshot, StoreError, program
-from snapcore.lab.inspect import describe_schedule
+from snapcore.lab.describe import describe_schedule
+from snapcore.lab.display import Display
 from snapcore.lab.plots import plot_schedule, plot_training
-from snapcore.lab.show import Display
 
 
 @pytest.fixture

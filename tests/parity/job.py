@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from snapcore.data import TrainingData
-from snapcore.lab.data import load_data
+from snapcore.lab.datasets import load_data
 
 from . import oracle
 

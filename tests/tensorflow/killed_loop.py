@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from snapcore import CosineCycles
+from snapcore_tensorflow.run import SnapshotRun
 from snapcore_tensorflow.schedule import SnapshotSchedule
-from snapcore_tensorflow.snapshots import SnapshotRun
 
 CYCLES = CosineCycles(lr=0.1, steps=12, cycles=3)
 X = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)

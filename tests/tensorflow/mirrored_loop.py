@@ -13,8 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from snapcore import CosineCycles, Program, Restart, program
+from snapcore_tensorflow.run import SnapshotRun
 from snapcore_tensorflow.schedule import SnapshotSchedule
-from snapcore_tensorflow.snapshots import SnapshotRun
 
 PROGRAM = Program("mine", CosineCycles(lr=0.1, steps=12, cycles=3), Restart("first", "reset"))
 X = np.tile(np.random.default_rng(0).normal(size=(4, 3)), (2, 1)).astype(np.float32)

@@ -7,8 +7,8 @@ import tensorflow as tf
 
 from snapcore import CosineCycles, DataError, Program, ProtocolError, Restart, program
 from snapcore.store import SnapshotStore
+from snapcore_tensorflow.run import SnapshotRun
 from snapcore_tensorflow.schedule import SnapshotSchedule
-from snapcore_tensorflow.snapshots import SnapshotRun
 
 CYCLES = CosineCycles(lr=0.1, steps=12, cycles=3)
 X = np.linspace(-1, 1, 18, dtype=np.float32).reshape(6, 3)

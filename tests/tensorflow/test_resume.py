@@ -13,8 +13,8 @@ import tensorflow as tf
 
 from snapcore import DataError, StoreError, program
 from snapcore.store import SnapshotStore
+from snapcore_tensorflow.run import SnapshotRun
 from snapcore_tensorflow.schedule import SnapshotSchedule
-from snapcore_tensorflow.snapshots import SnapshotRun
 
 from ..forked import Forked
 

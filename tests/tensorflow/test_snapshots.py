@@ -14,8 +14,8 @@ import tensorflow as tf
 from snapcore import CosineCycles, CycleWarning, DataError, DivergedError, ProtocolError, ScheduleError, StoreError
 from snapcore.store import SnapshotStore
 from snapcore_keras.state import Copy, named_weights
+from snapcore_tensorflow.run import SnapshotRun
 from snapcore_tensorflow.schedule import SnapshotSchedule
-from snapcore_tensorflow.snapshots import SnapshotRun
 
 from ..forked import Forked
 

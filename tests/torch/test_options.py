@@ -17,7 +17,7 @@ from snapcore.run import execute
 from snapcore.store import SnapshotStore
 from snapcore_torch import SnapshotEnsemble, SnapshotRun
 from snapcore_torch.backend import TorchBackend
-from snapcore_torch.feeds import DeviceFeed, LoaderFeed
+from snapcore_torch.batches import DeviceFeed, LoaderFeed
 from snapcore_torch.options import UpdateOptions
 from snapcore_torch.schedule import GroupRates
 from snapcore_torch.training import Loop

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from snapcore import CosineCycles, DataError
 from snapcore.data import TrainingData
-from snapcore_torch.feeds import CHUNK, DeviceFeed, LoaderFeed
+from snapcore_torch.batches import CHUNK, DeviceFeed, LoaderFeed
 from snapcore_torch.models import MODELS, cnn, mlp
 from snapcore_torch.options import UpdateOptions
 from snapcore_torch.schedule import GroupRates

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-import snapcore_torch.snapshots
+import snapcore_torch.run
 from snapcore import CosineCycles, Program, SnapcoreError, program
 from snapcore.data import TrainingData
 from snapcore.run import execute
@@ -129,11 +129,11 @@ def copies(folder):
             counted.append(len(tensors))
             super().__init__(tensors)
 
-    snapcore_torch.snapshots.Copy = Counted
-    before = copy.copy(snapcore_torch.snapshots.dump_training)
-    snapcore_torch.snapshots.dump_training = lambda *parts: counted.append(1) or before(*parts)
+    snapcore_torch.run.Copy = Counted
+    before = copy.copy(snapcore_torch.run.dump_training)
+    snapcore_torch.run.dump_training = lambda *parts: counted.append(1) or before(*parts)
     train(folder / "copies")
-    snapcore_torch.snapshots.Copy, snapcore_torch.snapshots.dump_training = Copy, before
+    snapcore_torch.run.Copy, snapcore_torch.run.dump_training = Copy, before
     return {"copied": sum(counted)}
 
 

@@ -1,18 +1,15 @@
 """A run for a training loop of your own: it counts, takes the snapshots, and goes on after a kill."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
-from numpy.typing import NDArray
-
 from snapcore import Program, ProtocolError, Schedule
-from snapcore.counting import Calls, Ending, FollowedLoader
 from snapcore.protocol import Event, Restart
-from snapcore.recorder import AGREE_EVERY, Recorder, restart_weights
-from snapcore.resume import read_point
+from snapcore.run import AGREE_EVERY, Calls, Ending, FollowedLoader, Recorder, restart_weights
+from snapcore.store import Tensors, read_point
 from snapcore_jax.counting import Optimizer, read_count, with_new_moments
 from snapcore_jax.distributed import own_group
 from snapcore_jax.donation import donated, refuse_unusable
@@ -21,7 +18,6 @@ from snapcore_jax.state import Copy, dump_training, load_training, named_leaves,
 Batch = TypeVar("Batch")
 Variables = TypeVar("Variables")
 Rest = TypeVar("Rest")
-Tensors = Mapping[str, NDArray[Any]]
 
 log = logging.getLogger("snapcore")
 

@@ -9,9 +9,9 @@ import keras
 import tensorflow as tf
 
 from snapcore import Program, ProtocolError, Schedule
-from snapcore.counting import Ending, FollowedLoader
 from snapcore.protocol import as_program
-from snapcore_keras.following import Following, FreshWeights
+from snapcore.run import Ending, FollowedLoader
+from snapcore_keras.run import Following, FreshWeights
 from snapcore_keras.schedule import SnapshotSchedule, check_rate, innermost
 from snapcore_tensorflow.distributed import current_group
 

@@ -19,9 +19,9 @@ from numpy.typing import ArrayLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from snapcore import files
 from snapcore.errors import CorruptSnapshotError, StoreError
-from snapcore.manifest import (
+from snapcore.store import atomic
+from snapcore.store.manifest import (
     MANIFEST,
     Manifest,
     Member,
@@ -34,8 +34,7 @@ from snapcore.manifest import (
     read_manifest,
     sealed,
 )
-
-__all__ = ["Member", "SnapshotStore", "move_aside"]
+from snapcore.store.tensors import Array, map_tensors, read_metadata, row_major
 
 _KEY = "snapcore"
 
@@ -179,7 +178,7 @@ class SnapshotStore:
         metrics: Mapping[str, float] | None = None,
     ) -> Member:
         """Write a member's file alone: no reader knows of it before `add`. Arguments and errors are those of `save`."""
-        arrays = files.row_major(tensors)
+        arrays = row_major(tensors)
         member = new_member(
             index=index,
             step=step,
@@ -212,7 +211,7 @@ class SnapshotStore:
             self._write(manifest if stopped is None else msgspec.structs.replace(manifest, stopped=stopped))
 
     def keep(self, count: int) -> None:
-        """Forget the members after the first `count`, and why the run ended; then delete their files.
+        """Forget the members after the first `count`, and why the run ended; then delete their atomic.
 
         Raises:
             StoreError: the store is closed or only reads, or the disk refuses.
@@ -248,7 +247,7 @@ class SnapshotStore:
         self._check_manifest()
         return path
 
-    def load(self, index: int, *, verify: bool = True) -> dict[str, files.Array]:
+    def load(self, index: int, *, verify: bool = True) -> dict[str, Array]:
         """Read a member's tensors.
 
         Arguments:
@@ -265,7 +264,7 @@ class SnapshotStore:
         """
         path = self.file(index, verify=verify)
         with _reading(path):
-            tensors = files.map_tensors(path)
+            tensors = map_tensors(path)
         return {name: tensor.copy() for name, tensor in tensors.items()} if verify else tensors
 
     def verify(self) -> None:
@@ -296,7 +295,7 @@ class SnapshotStore:
     def _prepare(self) -> None:
         """Sweep up after killed writers, and begin the manifest where there is none."""
         try:
-            files.sweep(self._path)
+            atomic.sweep(self._path)
             begun = (self._path / MANIFEST).exists()
             orphans = [path.name for path in self._path.glob("snapshot-*.safetensors")]
         except OSError as error:
@@ -311,18 +310,18 @@ class SnapshotStore:
         path = self._path / MANIFEST
         data = format_manifest(manifest)
         try:
-            with files.replacing(path) as temporary:
+            with atomic.replacing(path) as temporary:
                 temporary.write_bytes(data)
         except OSError as error:
             raise _refused(path, len(data), error) from error
         self._manifest = sealed(manifest)
 
-    def _write_member(self, arrays: dict[str, files.Array], member: Member) -> Member:
+    def _write_member(self, arrays: dict[str, Array], member: Member) -> Member:
         path = self._path / member.file
         try:
-            with files.replacing(path) as temporary:
+            with atomic.replacing(path) as temporary:
                 save_file(arrays, temporary, metadata={_KEY: entry(member)})
-                sha256 = files.digest(temporary)
+                sha256 = atomic.digest(temporary)
         except (OSError, SafetensorError) as error:
             raise _refused(path, sum(array.nbytes for array in arrays.values()), error) from error
         return msgspec.structs.replace(member, sha256=sha256)
@@ -356,9 +355,9 @@ class SnapshotStore:
             return "is missing"
         if path.resolve().parent != self._path.resolve():
             return "is a link out of the run's directory"
-        if not describes(files.metadata(path).get(_KEY, ""), member):
+        if not describes(read_metadata(path).get(_KEY, ""), member):
             return "does not say of itself what the manifest says: one was altered, or files were swapped"
-        if verify and files.digest(path) != member.sha256:
+        if verify and atomic.digest(path) != member.sha256:
             return "does not have the SHA-256 that was recorded"
         return ""
 
@@ -381,7 +380,7 @@ def move_aside(path: str | Path) -> Path:
         raise StoreError(f"{source} holds no run: there is no {MANIFEST}; move it yourself if you mean it")
     lock = _create_and_lock(source)
     try:
-        if not files.POSIX:  # Windows renames no directory in which a file is open
+        if not atomic.POSIX:  # Windows renames no directory in which a file is open
             lock.release()
         return _rename(source)
     finally:

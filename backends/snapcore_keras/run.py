@@ -4,15 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
-
 from snapcore import Cursor, Program, ProtocolError, Schedule
-from snapcore.counting import Calls
-from snapcore.group import Group
-from snapcore.hosted import Place
-from snapcore.manifest import MANIFEST
 from snapcore.protocol import Event, Restart, as_program
-from snapcore.recorder import AGREE_EVERY, Recorder, restart_weights
+from snapcore.run import AGREE_EVERY, Calls, Group, Place, Recorder, restart_weights
+from snapcore.store import MANIFEST, Tensors
 from snapcore_keras.schedule import accumulation, check_begin, check_rate, counted, gradients, tell_accumulation
 from snapcore_keras.state import (
     Copy,
@@ -28,7 +23,6 @@ from snapcore_keras.state import (
 if TYPE_CHECKING:
     import keras
 
-Tensors = Mapping[str, NDArray[Any]]
 
 FreshWeights = Callable[[int], "keras.Model | Tensors"]
 """Gives fresh weights for a member number: a model, or arrays by the names of a member."""

@@ -10,12 +10,12 @@ import typer
 
 from snapcore.backend import available_backends, load_backend
 from snapcore.errors import BackendNotFoundError, ScheduleError, SnapcoreError
+from snapcore.lab.describe import describe_run, describe_schedule
+from snapcore.lab.display import Display
 from snapcore.lab.evaluate import evaluate as evaluate_runs
 from snapcore.lab.evaluate import write_results
-from snapcore.lab.inspect import describe_run, describe_schedule
 from snapcore.lab.job import Job, first_backend
 from snapcore.lab.plots import plot_schedule
-from snapcore.lab.show import Display
 from snapcore.lab.train import is_left_to_do
 from snapcore.lab.train import train as train_job
 from snapcore.protocol import METHODS, program

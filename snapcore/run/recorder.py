@@ -12,25 +12,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, TypeVar
 
-from numpy.typing import NDArray
-
 from snapcore.backend import Pending, resolved
-from snapcore.epochs import Epochs
 from snapcore.errors import CycleWarning, ProtocolError, SnapcoreError, StoreError
-from snapcore.group import Alone, Group
-from snapcore.hosted import Place
-from snapcore.opening import Opening
 from snapcore.protocol import FINISHED, NOTHING, Cursor, Event, Program, Restart, Snapshot, Stop, as_program
-from snapcore.randomness import random_state, set_random_state
-from snapcore.resume import ResumePoint, clear_point, read_point, write_point
+from snapcore.run.background import SnapshotWriter
+from snapcore.run.batches import Epochs
+from snapcore.run.group import Alone, Group
+from snapcore.run.random_state import random_state, set_random_state
+from snapcore.run.resume import Opening
+from snapcore.run.sigterm import Termination
+from snapcore.run.trainer import Place
 from snapcore.schedule import Schedule
-from snapcore.store import SnapshotStore
-from snapcore.tensors import check_finite
-from snapcore.termination import Termination
-from snapcore.writer import SnapshotWriter
+from snapcore.store import ResumePoint, SnapshotStore, Tensors, check_finite, clear_point, read_point, write_point
 
 Batch = TypeVar("Batch")
-Tensors = Mapping[str, NDArray[Any]]
 Measure = Callable[[Snapshot], Mapping[str, float] | None]
 
 WEIGHTS = "weights/"

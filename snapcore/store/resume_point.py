@@ -7,22 +7,19 @@ them. A point carries a digest of its own content; nothing in it is executable.
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from snapcore import files
 from snapcore.errors import CorruptSnapshotError, StoreError
-from snapcore.manifest import Member
-
-Tensors = Mapping[str, NDArray[Any]]
+from snapcore.store import atomic
+from snapcore.store.manifest import Member
+from snapcore.store.tensors import Tensors, map_tensors, read_metadata, row_major
 
 FOLDER = "resume"
 FILE = "point.safetensors"
@@ -51,13 +48,13 @@ def write_point(run: Path, point: ResumePoint) -> None:
         StoreError: it cannot be written, or its state is not plain JSON; the one before is as it was.
     """
     path = run / FOLDER / FILE
-    tensors = files.row_major(point.tensors) if point.tensors else {}
+    tensors = row_major(point.tensors) if point.tensors else {}
     text = _text({"format": FORMAT, "state": point.state, "member": msgspec.to_builtins(point.member)})
     metadata = {"snapcore": text, "sha256": _digest(text, tensors)}
     try:
         path.parent.mkdir(exist_ok=True)
-        files.sweep(path.parent)
-        with files.replacing(path) as temporary:
+        atomic.sweep(path.parent)
+        with atomic.replacing(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
         size = sum(array.nbytes for array in tensors.values())
@@ -78,8 +75,8 @@ def read_point(run: Path) -> ResumePoint | None:
     if not path.exists():
         return None
     try:
-        metadata = files.metadata(path)
-        tensors = {name: array.copy() for name, array in files.map_tensors(path).items()}
+        metadata = read_metadata(path)
+        tensors = {name: array.copy() for name, array in map_tensors(path).items()}
         text = metadata["snapcore"]
         if metadata["sha256"] != _digest(text, tensors):
             raise ValueError("it does not have the SHA-256 that was recorded")

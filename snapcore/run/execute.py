@@ -7,18 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from numpy.typing import NDArray
-
 from snapcore.backend import Backend, Data, Pending, Report, resolved
 from snapcore.errors import DivergedError
-from snapcore.group import Alone, Group
 from snapcore.protocol import Event, Program, Restart, Snapshot
-from snapcore.recorder import Recorder, restart_weights
-
-__all__ = ["Recorder", "execute", "restart_weights"]
+from snapcore.run.group import Alone, Group
+from snapcore.run.recorder import Recorder, restart_weights
+from snapcore.store import Tensors
 
 State = TypeVar("State")
-Tensors = Mapping[str, NDArray[Any]]
 Measure = Callable[[Snapshot, State], Mapping[str, float] | None]
 
 SLICE = 50  # updates in the first call of the native loop

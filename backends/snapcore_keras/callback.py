@@ -14,13 +14,10 @@ from typing import Any
 import keras
 
 from snapcore import Program, ProtocolError, Schedule
-from snapcore.hosted import Place
-from snapcore.manifest import MANIFEST
 from snapcore.protocol import as_program
-from snapcore.resume import ResumePoint, clear_point, read_point
-from snapcore.store import SnapshotStore
-from snapcore_keras.executions import check_cycles, check_epochs
-from snapcore_keras.following import Following, FreshWeights, check_init
+from snapcore.run import Place
+from snapcore.store import MANIFEST, ResumePoint, SnapshotStore, clear_point, read_point
+from snapcore_keras.run import Following, FreshWeights, check_init
 from snapcore_keras.schedule import (
     accumulation,
     check_begin,
@@ -33,6 +30,7 @@ from snapcore_keras.schedule import (
     tell_accumulation,
 )
 from snapcore_keras.state import is_built
+from snapcore_keras.steps_per_execution import check_cycles, check_epochs
 
 _FRAMEWORK = "keras"
 

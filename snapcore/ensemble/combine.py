@@ -5,9 +5,8 @@ costs one float64 array and one member. The walk goes from the last member to th
 ensemble of the last m members is then what has been summed up so far.
 """
 
-import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,15 +15,6 @@ import numpy.typing as npt
 from snapcore.errors import DataError
 from snapcore.metrics import as_probabilities, score
 
-ALREADY_PROBABILITIES = (
-    "the model's outputs already are probabilities (none below 0, rows that sum to 1), and softmax of them would be "
-    "wrong: pass activation='identity'"
-)
-"""What a user is told whose model ends in softmax."""
-
-_HALF = ("float16", "bfloat16")
-_ROUNDING = 1e-3
-_ROUNDING_HALF = 2e-2
 _NO_MEMBERS = "at least one member is required, got none; was the iterator used up before?"
 
 
@@ -125,69 +115,6 @@ def prefix_curve(
         mean.add(members[len(members) - m], -m)
         rows.append({"m": m, **score(mean.value(), labels)})
     return rows
-
-
-def refuse_probabilities(outputs: npt.NDArray[Any]) -> None:
-    """Refuse outputs that softmax over the last axis would make nonsense of.
-
-    Args:
-        outputs: one batch of a model's, [..., classes], on the host. Of numbers that are no floats, and of none,
-            only the shape is looked at.
-
-    Raises:
-        DataError: they already are probabilities, or there is one output.
-
-    Example:
-        >>> refuse_probabilities(np.array([[2.0, -1.0]]))
-        >>> refuse_probabilities(np.array([[0.25, 0.75]]))  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        snapcore.errors.DataError: the model's outputs already are probabilities (none below 0, rows that sum to 1)...
-    """
-    refuse_one_output(outputs.shape)
-    half = outputs.dtype.name in _HALF
-    if not (half or np.issubdtype(outputs.dtype, np.floating)):
-        return
-    if are_probabilities(outputs.astype(np.float64), half=half):
-        raise DataError(ALREADY_PROBABILITIES)
-
-
-def refuse_one_output(shape: Sequence[int]) -> None:
-    """Refuse softmax over a last axis of one, which gives 1 whatever the outputs are.
-
-    Args:
-        shape: of a model's outputs, [..., classes].
-
-    Raises:
-        DataError: there is one output.
-    """
-    if tuple(shape[-1:]) == (1,):
-        raise DataError(
-            "softmax over one output is 1 whatever it is: pass activation='sigmoid' if it is a logit of two classes, "
-            "or 'identity'"
-        )
-
-
-def are_probabilities(outputs: Any, *, half: bool = False) -> Any:
-    """Tell whether no output is below 0, and all rows sum to 1 up to rounding.
-
-    For arrays that are not on the host: it only compares and adds up, so they may be of PyTorch or JAX, and traced.
-
-    Args:
-        outputs: [..., classes], in float32 or float64.
-        half: whether they were computed in half precision, and rows may be 0.02 off instead of 0.001.
-
-    Returns:
-        One bool of the arrays' own kind; False where there is nothing to tell by.
-
-    Example:
-        >>> bool(are_probabilities(np.array([[0.25, 0.75]])))
-        True
-    """
-    if len(outputs.shape) == 0 or math.prod(outputs.shape) == 0:
-        return False
-    off = abs(outputs.sum(-1) - 1)
-    return (outputs >= 0).all() & (off < (_ROUNDING_HALF if half else _ROUNDING)).all()
 
 
 class _Mean:

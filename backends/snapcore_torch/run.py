@@ -7,18 +7,17 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from snapcore import Program, ProtocolError, Schedule
-from snapcore.hosted import Place
 from snapcore.protocol import Event, Restart
-from snapcore.recorder import Recorder, restart_weights
-from snapcore_torch.averaging import AverageCount
+from snapcore.run import Place, Recorder, restart_weights
+from snapcore.store import Tensors
 from snapcore_torch.counting import UpdateCount, inner
 from snapcore_torch.distributed import copy_from_first, current_group, refuse_sharded
+from snapcore_torch.ema import AverageCount
 from snapcore_torch.loaders import generators, with_new_workers
 from snapcore_torch.schedule import GroupRates
 from snapcore_torch.state import (
@@ -33,7 +32,6 @@ from snapcore_torch.state import (
 )
 
 Batch = TypeVar("Batch")
-Tensors = Mapping[str, NDArray[Any]]
 FreshWeights = Callable[[int], "nn.Module | Mapping[str, Tensor]"]
 
 

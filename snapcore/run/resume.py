@@ -4,11 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapcore.errors import CorruptSnapshotError, StoreError
-from snapcore.hosted import Place
-from snapcore.manifest import MANIFEST
 from snapcore.protocol import Program
-from snapcore.resume import ResumePoint, clear_point, read_point
-from snapcore.store import SnapshotStore, move_aside
+from snapcore.run.trainer import Place
+from snapcore.store import MANIFEST, ResumePoint, SnapshotStore, clear_point, move_aside, read_point
 
 _INSTEAD = "choose another directory, or pass resume=False, which moves it aside and starts anew"
 

@@ -1,32 +1,20 @@
-"""How bytes reach the disk and come back: whole or not at all, flushed, and never through pickle.
+"""Named host arrays as safetensors files, never through pickle: what may become a member, and what fits a model."""
 
-A file is written beside its final name, flushed to disk and renamed, so that a reader sees the old
-file or the new one and a killed writer leaves nothing but a temporary file, which the next writer
-sweeps away. Tensors are safetensors files. Nothing here knows what a run is.
-"""
-
-import hashlib
 import mmap
-import os
-import secrets
-import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import msgspec
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError, safe_open
 
-from snapcore.errors import StoreError
+from snapcore.errors import DataError, DivergedError, StoreError
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
-POSIX = os.name == "posix"
-_TEMPORARY = ".tmp"  # safetensors' own temporary files begin so too, and one sweep finds both
+Array = NDArray[Any]
+Tensors = Mapping[str, Array]
 
 # What safetensors calls each type that NumPy can also read back (it writes more than it reads).
 _DTYPES = {
@@ -46,69 +34,6 @@ _DTYPES = {
     "C64": np.dtype("<c8"),
 }
 _READABLE = frozenset(dtype.name for dtype in _DTYPES.values())
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """Give a temporary path to write; flush it and rename it to `target`, or leave no trace on an error.
-
-    The file gets the mode that an ordinary `open` would give it, whatever the one who writes it sets.
-
-    Raises:
-        OSError: the file could not be created, flushed or renamed; `target` is as it was.
-    """
-    temporary = target.with_name(f"{_TEMPORARY}-{target.name}-{secrets.token_hex(4)}")
-    try:
-        mode = _create(temporary)
-        yield temporary
-        _flush(temporary, mode)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush_directory(target.parent)
-
-
-def _create(path: Path) -> int:
-    """Create an empty file and tell the mode that the umask leaves it (reading the umask means setting it)."""
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    try:
-        return stat.S_IMODE(os.fstat(descriptor).st_mode)
-    finally:
-        os.close(descriptor)
-
-
-def _flush(path: Path, mode: int) -> None:
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
-    if stat.S_IMODE(path.stat().st_mode) != mode:  # some network file systems refuse any chmod
-        path.chmod(mode)
-
-
-def _flush_directory(path: Path) -> None:
-    if not POSIX:  # Windows cannot open a directory, and needs no such flush
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sweep(directory: Path) -> None:
-    """Delete the temporary files that killed writers left; only for who holds the directory's lock.
-
-    Raises:
-        OSError: one could not be deleted.
-    """
-    for path in directory.glob(f"{_TEMPORARY}*"):
-        if path.is_symlink() or path.is_file():
-            path.unlink()
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def row_major(tensors: Mapping[str, ArrayLike]) -> dict[str, Array]:
@@ -147,7 +72,7 @@ def _row_major(name: str, value: ArrayLike) -> Array:
     return array
 
 
-def metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict[str, str]:
     """Return a safetensors file's metadata, once its header has been checked against the file's size.
 
     Raises:
@@ -159,7 +84,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def map_tensors(path: Path) -> dict[str, Array]:
-    """Map a safetensors file, whose header `metadata` has checked, as read-only arrays; nothing is copied.
+    """Map a safetensors file, whose header `read_metadata` has checked, as read-only arrays; nothing is copied.
 
     Raises:
         SafetensorError: a tensor is of a type that NumPy does not know.
@@ -177,3 +102,40 @@ def map_tensors(path: Path) -> dict[str, Array]:
         name: np.ndarray(entry["shape"], _DTYPES[entry["dtype"]], mapped, start + entry["data_offsets"][0])
         for name, entry in header.items()
     }
+
+
+def check_finite(tensors: Mapping[str, NDArray[Any]], what: str) -> None:
+    """Raise `DivergedError` if a floating tensor holds NaN or +inf, naming it and `what` it was part of.
+
+    -inf passes: causal masks are made of it, while weights that overflow bring NaN or +inf with them.
+    """
+    for name, array in tensors.items():
+        if not np.issubdtype(array.dtype, np.inexact) and array.dtype.name != "bfloat16":
+            continue
+        if not np.isfinite(array).all():
+            bad = int(np.count_nonzero(np.isnan(array) | np.isposinf(np.real(array)) | np.isposinf(np.imag(array))))
+            if bad:
+                raise DivergedError(
+                    f"{what} is refused: {bad} of {array.size} values of {name!r} are not finite; the members taken "
+                    "before are kept. Lower the learning rate, clip gradients, or train in a wider dtype"
+                )
+
+
+def check_fit(given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Raise `DataError` unless both have the same names and shapes, listing what differs.
+
+    Arguments:
+        given: name -> shape of the tensors at hand.
+        wanted: name -> shape that the model has.
+        what: how to call the tensors in the message.
+    """
+    missing = [f"{name!r} {wanted[name]} is missing" for name in wanted if name not in given]
+    extra = [f"{name!r} {given[name]} is not in the model" for name in given if name not in wanted]
+    shapes = [
+        f"{name!r} is {given[name]}, the model's is {wanted[name]}"
+        for name in wanted
+        if name in given and given[name] != wanted[name]
+    ]
+    if differences := missing + extra + shapes:
+        shown = "; ".join(differences[:5]) + ("; …" if len(differences) > 5 else "")
+        raise DataError(f"{what} does not fit the model ({len(differences)} differences): {shown}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from snapcore.protocol import Cursor
-from snapcore.recorder import Recorder
+from snapcore.run.recorder import Recorder
 
 
 class Calls:

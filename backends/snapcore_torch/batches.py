@@ -8,7 +8,7 @@ from torch import Tensor
 
 from snapcore import DataError, ProtocolError
 from snapcore.backend import Data
-from snapcore.group import Alone, Group
+from snapcore.run import Alone, Group
 from snapcore_torch.state import to_torch
 
 CHUNK = 50

@@ -1,0 +1,5 @@
+"""The built-in models, by name in `MODELS`."""
+
+from snapcore_torch.models.small import MODELS, Factory, cnn, mlp
+
+__all__ = ["MODELS", "Factory", "cnn", "mlp"]
