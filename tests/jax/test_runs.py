@@ -291,7 +291,7 @@ def test_a_finished_run_is_not_opened_again_unless_it_is_moved_aside(tmp_path):
 def test_leaving_early_says_how_far_it_came_and_keeps_a_resume_point(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "snapcore"):
         walk(tmp_path / "run", COUNTING["sgd"], 7)
-    assert "left after 7 of 12 updates; it goes on after update 7" in caplog.text
+    assert "left after 7 of 12 updates; it resumes after update 7" in caplog.text
 
 
 def test_leaving_between_an_update_and_its_step_goes_on_after_the_member_before(tmp_path, caplog):
@@ -302,7 +302,7 @@ def test_leaving_between_an_update_and_its_step_goes_on_after_the_member_before(
         for _ in range(6):
             params, state = run.step(*donating(params, state))
         donating(params, state)
-    assert "left after 6 of 12 updates; it goes on after update 4" in caplog.text
+    assert "left after 6 of 12 updates; it resumes after update 4" in caplog.text
     assert run.updates == 6
     run.close()
 
@@ -318,7 +318,7 @@ def test_an_exception_in_the_loop_keeps_the_members_frees_the_directory_and_says
 
     with caplog.at_level(logging.WARNING, "snapcore"), pytest.raises(KeyboardInterrupt):
         interrupted_loop()
-    assert "left after 6 of 12 updates; it goes on after update 4" in caplog.text
+    assert "left after 6 of 12 updates; it resumes after update 4" in caplog.text
     with SnapshotStore(tmp_path / "run", "w") as store:
         assert ([member.step for member in store.members], store.stopped) == ([4], None)
 

@@ -407,7 +407,7 @@ def test_points_are_kept_in_between_if_asked(fits, tmp_path):
     callback = SnapshotCallback(tmp_path / "run", SHORT, resume_every=5)
 
     def look(model):
-        callback._following.recorder.place()  # waits for the file
+        callback._following.recorder.position()  # waits for the file
         points.append(read_point(tmp_path / "run").state["place"]["step"])
 
     fits.fit(fits.network(SHORT), callback, *(At(batch, look) for batch in (5, 7, 10, 15, 16)))

@@ -63,7 +63,7 @@ def test_a_killed_run_goes_on_by_the_same_command_and_ends_as_if_never_stopped(
         assert killed.err == ""
     else:
         assert killed.code == 143
-        assert killed.told == f"snapcore: killed: left after {kept} of 126 updates; it goes on after update {kept}"
+        assert killed.told == f"snapcore: killed: left after {kept} of 126 updates; it resumes after update {kept}"
     assert not (here / "killed" / "results.json").exists()
     assert cli(*command).code == 0
     assert_nobody_can_tell(here / "killed", never_stopped)
@@ -81,12 +81,12 @@ def test_a_run_left_in_any_update_goes_on_from_its_last_point(
     assert left.code == 130
     done = update - 1
     point = max(done // 42 * 42, 0 if every is None else done // every * every)
-    ending = f"it goes on after update {point}" if point else "there is no resume point"
+    ending = f"it resumes after update {point}" if point else "there is no resume point"
     assert caplog.messages[-1].endswith(ending)
     caplog.clear()
     stopping(None)
     assert cli(*TRAIN, *options, "--output", "left").code == 0
-    assert caplog.messages == ([f"left goes on after update {point} of 126"] if point else [])
+    assert caplog.messages == ([f"left resumes after update {point} of 126"] if point else [])
     assert_nobody_can_tell(here / "left", never_stopped)
 
 

@@ -296,7 +296,7 @@ def test_an_exception_in_the_loop_keeps_the_members_frees_the_directory_and_tell
 
     with pytest.raises(KeyboardInterrupt):
         interrupted_loop()
-    assert "left after 6 of 12 updates; it goes on after update 4" in caplog.text
+    assert "left after 6 of 12 updates; it resumes after update 4" in caplog.text
     with SnapshotStore(tmp_path / "run", "w") as store:
         assert ([member.step for member in store.members], store.stopped) == ([4], None)
         store.verify()
