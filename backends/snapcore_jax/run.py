@@ -280,7 +280,7 @@ class SnapshotRun:
         def restore(self, tensors: Tensors | None, *, optimizer: OptimizerState) -> None:
             run = self._run
             if tensors is not None:
-                run._variables = with_leaves(run._variables, tensors, "the member to restart from", random=False)
+                run._variables = with_leaves(run._variables, tensors, "a restart's member", random=False)
             if optimizer == "reset":
                 run._rest = with_new_moments(run._optimizer, run._variables, run._rest)
 

@@ -144,7 +144,7 @@ class _Source:
     def restore(self, tensors: Tensors | None, *, optimizer: OptimizerState) -> None:
         with self._scope():
             if tensors is not None:
-                load_weights(self._model, tensors, "the member to restart from")
+                load_weights(self._model, tensors, "a restart's member")
             if optimizer == "reset":
                 reset_moments(self._model, self._optimizer)
 

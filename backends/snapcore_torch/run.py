@@ -254,7 +254,7 @@ class _Source:
     def restore(self, tensors: Tensors | None, *, optimizer: OptimizerState) -> None:
         if tensors is not None:
             for module in dict.fromkeys((self._model, self._members)):
-                load_weights(module, tensors, "the member to restart from")
+                load_weights(module, tensors, "a restart's member")
                 copy_from_first(named_tensors(module), self._group)
             if self._average is not None:
                 self._average.begin_anew()

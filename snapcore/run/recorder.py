@@ -390,8 +390,8 @@ def require_fresh(program: Program, fresh: object | None) -> None:
     """
     if program.between.source == "fresh" and fresh is None:
         raise ProtocolError(
-            f"{program.method} starts every member from fresh weights: pass init=, a function from the member's number "
-            "to new weights"
+            f"{program.method} starts members from fresh weights: pass init=, a function from a member's number to "
+            "new weights"
         )
 
 

@@ -329,7 +329,7 @@ def test_a_first_member_that_cannot_be_written_is_raised_by_the_restart_that_nee
 
 
 def test_a_program_of_fresh_weights_is_refused_where_nothing_gives_them_and_leaves_no_directory(tmp_path):
-    with pytest.raises(ProtocolError, match="singlecycle starts every member from fresh weights: pass init="):
+    with pytest.raises(ProtocolError, match="singlecycle starts members from fresh weights: pass init="):
         Loop(tmp_path / "run", program("singlecycle", lr=0.2, steps=60, cycles=3))
     assert list(tmp_path.iterdir()) == []
 
