@@ -8,6 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, TypeVar
@@ -23,7 +24,16 @@ from snapcore.run.resume import Opening
 from snapcore.run.sigterm import Termination
 from snapcore.run.trainer import Place
 from snapcore.schedule import Schedule
-from snapcore.store import ResumePoint, SnapshotStore, Tensors, check_finite, clear_point, read_point, write_point
+from snapcore.store import (
+    ResumePoint,
+    SnapshotStore,
+    Tensors,
+    check_finite,
+    clear_point,
+    new_member,
+    read_point,
+    write_point,
+)
 
 Batch = TypeVar("Batch")
 Measure = Callable[[Snapshot], Mapping[str, float] | None]
@@ -363,17 +373,8 @@ class Recorder:
         tensors = resolved(copy)
         weights = tensors if state is None else _weights(tensors)
         check_finite(weights, f"member {snapshot.index} at update {snapshot.step}")
-        member = self.store.put(
-            weights,
-            index=snapshot.index,
-            step=snapshot.step,
-            due=snapshot.due,
-            cycle=snapshot.cycle,
-            lr=snapshot.lr,
-            framework=self._framework,
-            unfinished=snapshot.unfinished,
-            metrics=metrics,
-        )
+        member = new_member(**asdict(snapshot), framework=self._framework, metrics=metrics)
+        member = self.store.put(weights, member)
         if state is not None:
             rest = {name: array for name, array in tensors.items() if not name.startswith(WEIGHTS)}
             write_point(self.directory, ResumePoint(rest, state, member))

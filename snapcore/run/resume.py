@@ -91,7 +91,7 @@ class Opening:
                 "moves the run aside"
             )
         if 0 < at.step < self.program.updates or len(at.members) < len(store.members):
-            store.keep(len(at.members))
+            store.truncate(len(at.members))
 
     def _accept_point(self, store: SnapshotStore, point: ResumePoint) -> None:
         if point.state["framework"] != self.framework:
