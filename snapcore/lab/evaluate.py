@@ -16,7 +16,7 @@ from snapcore.lab.datasets import Dataset
 from snapcore.lab.job import Job, load_job
 from snapcore.lab.predictions import Predictions, Scored
 from snapcore.protocol import program_from_dict
-from snapcore.store import SnapshotStore, replacing
+from snapcore.store import SnapshotStore, atomic_write
 
 RESULTS = "results.json"
 
@@ -68,7 +68,7 @@ def write_results(results: dict[str, Any], directory: Path) -> Path:
     path = directory / RESULTS
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(msgspec.json.format(msgspec.json.encode(results)) + b"\n")
     except OSError as error:
         raise StoreError(f"{path} cannot be written: {error}; choose another --output") from error

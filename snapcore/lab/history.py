@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from snapcore.errors import StoreError
-from snapcore.store import replacing
+from snapcore.store import atomic_write
 
 FILE = "history.csv"
 _HEADER = ("step", "lr", "loss")
@@ -43,7 +43,7 @@ class History:
         """
         try:
             if self._written is None:
-                with replacing(self._path) as temporary:
+                with atomic_write(self._path) as temporary:
                     _append(temporary, [_HEADER, *self.rows])
             else:
                 _append(self._path, self.rows[self._written :])

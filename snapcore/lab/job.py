@@ -12,7 +12,7 @@ from snapcore.data import TrainingData
 from snapcore.errors import BackendNotFoundError, DataError, StoreError
 from snapcore.lab.datasets import Dataset, load_data
 from snapcore.protocol import Program, program
-from snapcore.store import replacing
+from snapcore.store import atomic_write
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -92,7 +92,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         """
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with replacing(directory / FILE) as temporary:
+            with atomic_write(directory / FILE) as temporary:
                 temporary.write_bytes(msgspec.json.format(msgspec.json.encode(self)) + b"\n")
         except OSError as error:
             raise StoreError(f"{directory} cannot be written: {error}; choose another --output") from error

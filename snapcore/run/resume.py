@@ -107,7 +107,7 @@ def _accept_position(store: SnapshotStore, program: Program, at: Position, point
             "have it resume from its checkpoint, choose another directory, or pass resume=False"
         )
     if 0 < at.step < program.updates or len(at.members) < len(store.members):
-        store.keep(len(at.members))
+        store.truncate(len(at.members))
 
 
 def _accept_point(store: SnapshotStore, framework: str, point: ResumePoint) -> None:

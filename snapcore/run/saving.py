@@ -22,6 +22,7 @@ Once a job has failed, no later one is done: a point or a manifest written after
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from snapcore.store import (
     Tensors,
     check_finite,
     clear_point,
+    new_member,
     write_point,
 )
 
@@ -108,17 +110,8 @@ class Saving:
             tensors = resolved(copy)
             weights = tensors if state is None else _weights(tensors)
             check_finite(weights, f"member {snapshot.index} at update {snapshot.step}")
-            member = self.store.put(
-                weights,
-                index=snapshot.index,
-                step=snapshot.step,
-                due=snapshot.due,
-                cycle=snapshot.cycle,
-                lr=snapshot.lr,
-                framework=self._framework,
-                unfinished=snapshot.unfinished,
-                metrics=metrics,
-            )
+            member = new_member(**asdict(snapshot), framework=self._framework, metrics=metrics)
+            member = self.store.put(weights, member)
             if state is not None:
                 # The weights are in the member's file already: the point holds the rest, and refers to it.
                 rest = {name: array for name, array in tensors.items() if not name.startswith(WEIGHTS)}

@@ -222,7 +222,7 @@ def test_a_forgotten_member_whose_file_cannot_be_deleted_is_an_error(trainer):
 def test_a_reader_of_the_store_forgets_nothing(trainer):
     trainer.train()
     with pytest.raises(StoreError, match="mode='w'"):
-        SnapshotStore(trainer.directory).keep(1)
+        SnapshotStore(trainer.directory).truncate(1)
 
 
 @pytest.mark.parametrize(

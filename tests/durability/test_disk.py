@@ -10,7 +10,7 @@ from .conftest import REFUSED
 from .harness import Fault, arguments, assert_same, finished
 from .sabotage import ROOM
 
-WRITE, SAVE_HISTORY = "snapcore.store.directory:SnapshotStore._write_member", "snapcore.lab.history:History.write"
+WRITE, SAVE_HISTORY = "snapcore.store.directory:SnapshotStore.put", "snapcore.lab.history:History.write"
 MEMBER_3 = r"snapshot-003\.safetensors could not be written, which needs \d+ bytes"
 POINT = r"point\.safetensors could not be written, which needs \d+ bytes"
 MANIFEST = r"snapcore\.json could not be written, which needs \d+ bytes"

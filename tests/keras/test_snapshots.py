@@ -447,7 +447,7 @@ def test_a_last_member_that_was_not_written_is_taken_from_the_backup(fits, tmp_p
         fits.fit(fits.network(SHORT), *(first := callbacks()), DieAtTheEnd())
     first[0].close()
     with SnapshotStore(tmp_path / "run", "w") as store:
-        store.keep(2)
+        store.truncate(2)
     fits.fit(fits.network(SHORT), *callbacks())
     assert len(watch.weights) == 24
     assert fits.same(fits.members(tmp_path / "run"), {step: watch.weights[step] for step in (8, 16, 24)})
