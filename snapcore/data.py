@@ -1,7 +1,7 @@
 """Training data in memory, and the order its batches come in.
 
 The order is a function of the seed and the step alone, so that every framework sees the same batches and a run
-that goes on after an interruption sees the ones it would have seen.
+that is resumed sees the ones it would have seen.
 """
 
 import functools

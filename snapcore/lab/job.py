@@ -104,7 +104,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         if names:
             there, here = ({name: getattr(job, name) for name in names} for job in (other, self))
             raise StoreError(
-                f"{directory} holds a run with {there}, asked for {here}: ask for the same to go on with it, choose "
+                f"{directory} holds a run with {there}, asked for {here}: ask for the same to resume it, choose "
                 "another --output, or pass --no-resume, which moves it aside"
             )
 
