@@ -194,8 +194,8 @@ class CosineCycles(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         made, final, left = _ending(self.steps - self.warmup_steps, self.cycles)
-        annealed = left <= _ANNEALED or self.lr == self.lr_min
-        if self.remainder == "even" or (annealed and made == self.cycles):
+        left = left if self.lr > self.lr_min else 0.0
+        if self.remainder == "even" or (made == self.cycles and left <= _ANNEALED):
             return
         long = self._layout[0]
         start = max(self.steps - self.warmup_steps, _SHORTEST * self.cycles)

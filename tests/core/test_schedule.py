@@ -343,7 +343,8 @@ def test_even_cycles_never_warn(schedule):
 
 def test_a_constant_rate_warns_only_of_missing_cycles():
     assert warnings_of(lambda: CosineCycles(0.1, 10, 4, lr_min=0.1)) == []
-    assert len(warnings_of(lambda: CosineCycles(0.1, 25, 10, lr_min=0.1))) == 1
+    (message,) = warnings_of(lambda: CosineCycles(0.1, 25, 10, lr_min=0.1))
+    assert "only 9 run, and the last, 1 of 3 updates, ends 0% above lr_min" in message
 
 
 def test_the_warning_points_at_the_line_that_made_the_schedule():
