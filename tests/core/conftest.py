@@ -1,4 +1,4 @@
-"""What the core's tests share: an example may take as long as a busy machine makes it, since timing is never asserted."""
+"""The core's tests draw random inputs without a deadline: on a busy machine one that is slow says nothing."""
 
 from hypothesis import settings
 
