@@ -53,8 +53,7 @@ class SnapshotWriter:
         self._at_end = at_end
         self._changed = threading.Condition()
         self._waiting: Callable[[], None] | None = None
-        self._busy = False
-        self._closed = False
+        self._busy = self._closed = self._ended = False
         self._error: BaseException | None = None
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._work, name="snapcore-writer", daemon=True)
@@ -111,7 +110,8 @@ class SnapshotWriter:
             with self._changed:
                 self._closed = True
                 self._changed.notify_all()
-            self._thread.join()
+                # Not `join`: a Ctrl-C in it has Python take the thread for ended while it still writes.
+                self._changed.wait_for(lambda: self._ended)
         atexit.unregister(self._close_at_exit)
         self.check()
 
@@ -159,6 +159,9 @@ class SnapshotWriter:
             pass
         if self._at_end is not None:
             self._attempt(self._at_end)
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
 
     def _do_next(self) -> bool:
         """Do one job, once there is one; False when there will be none. Nothing of it is kept here."""
