@@ -75,7 +75,7 @@ class Source(Protocol):
         ...
 
     def settings(self) -> Mapping[str, str | float | bool | None]:
-        """Return what a resume is to compare, and `load` sets back: `optimizer` (its class), its rate-less settings."""
+        """Return the settings in force, for a resume to compare: `optimizer` (its class), momentum and the like."""
         ...
 
     def random_state(self) -> Any:
@@ -161,7 +161,7 @@ class Recorder:
             self._rehearse(before_training=True)
             return ()
         tensors, state = resumed
-        differing = self._compare_settings(state.get("settings", {}))
+        differing = self._differing(state.get("settings", {}))
         self.cursor.load_state_dict(state["place"])
         self._point_at = self.cursor.step
         self._source.load(tensors, state["values"])
@@ -171,7 +171,9 @@ class Recorder:
         self._set_random_state(own["random"])
         log.info("%s: resumed after update %d of %d", self._name, self.cursor.step, self.program.updates)
         if differing:
-            log.warning("%s: settings differ from the saved ones, which are in force: %s", self._name, differing)
+            now = self._source.settings()
+            shown = "; ".join(f"{name} {was} saved, {is_} given, {now[name]} in force" for name, was, is_ in differing)
+            log.warning("%s: settings differ from those of the saved run: %s", self._name, shown)
         self._rehearse(before_training=True)
         if not self.cursor.at_member or self.program.between == NOTHING:
             return ()
@@ -370,16 +372,15 @@ class Recorder:
         copy, values = (self._source.capture(), {}) if dumped is None else dumped
         self._in_first(lambda: self._saving.rehearse(copy, values, dumped=dumped is not None, first=before_training))
 
-    def _compare_settings(self, saved: Mapping[str, Any]) -> str:
-        """Return the settings that differ from those of the run that is resumed; refuse another optimizer."""
+    def _differing(self, saved: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+        """Return each setting that is not the saved run's, as it was and as it is given; refuse another optimizer."""
         given = self._source.settings()
-        differing = {name: value for name, value in saved.items() if name in given and given[name] != value}
-        if "optimizer" in differing:
+        if "optimizer" in saved and given.get("optimizer", saved["optimizer"]) != saved["optimizer"]:
             raise StoreError(
                 f"{self.directory} holds a run trained by {saved['optimizer']}, got {given['optimizer']}: give that "
                 "optimizer, or choose another directory"
             )
-        return ", ".join(f"{name} {value} (given {given[name]})" for name, value in differing.items())
+        return [(name, was, given[name]) for name, was in saved.items() if name in given and given[name] != was]
 
     def _batch_is_asked_for(self) -> None:
         """Keep the random states of this moment with a point that no update has followed.
