@@ -26,11 +26,17 @@ from compare import seconds
 from processes import GRACE, Part, run_part
 
 NEEDED = ("numpy", "safetensors", "ml_dtypes", "msgspec", "filelock")
-XLA_FLAGS = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+EXACT = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true",
+    "NVIDIA_TF32_OVERRIDE": "0",
+    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+}
+"""What the tests need to compare bits, and to compare with float64."""
 PARTS = [
-    Part("torch_tests", 5, {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
-    Part("jax_tests", 4, {**SHARED, "XLA_FLAGS": XLA_FLAGS}),
+    Part("torch_tests", 5, EXACT),
+    Part("jax_tests", 4, SHARED | EXACT),
     Part("torch_stall", 2),
     Part("jax_stall", 2, SHARED),
     Part("torch_loop", 3),

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 DEVICE = jax.devices()[0]
-GPU = DEVICE.platform == "gpu"
+GPU = DEVICE.platform in ("gpu", "cuda", "rocm")
 Update = Callable[[Any, Any, jax.Array, jax.Array], tuple[Any, Any]]
 """From weights, optimizer state and a batch to the weights and the state that follow."""
 

@@ -20,7 +20,7 @@ def predicting(predict: Callable[[jax.Array], jax.Array], x: jax.Array) -> Conte
 
 
 def compare(setting: Setting, batch: int) -> None:
-    side = setting.pick(full=32, small=16, tiny=8)
+    side = setting.pick(full=32, small=8, tiny=8)
     width = setting.pick(full=64, small=8, tiny=4)
     batch = setting.pick(full=batch, small=batch, tiny=min(batch, 8))
 
@@ -46,23 +46,23 @@ def compare(setting: Setting, batch: int) -> None:
     one = jax.jit(lambda weights, x: jax.nn.softmax(apply(weights, x)))
     setting.compare(
         {
-            f"six, {strategy}": predicting(SnapshotEnsemble(weights, apply, strategy=strategy), x)
+            strategy: predicting(SnapshotEnsemble(weights, apply, strategy=strategy), x)
             for strategy in ("loop", "stacked", "map")
         },
         {"one member": predicting(lambda x: one(weights[0], x), x)},
     )
 
 
-@suite.comparison("batch 1")
+@suite.comparison("six members, one example")
 def batch_1(setting: Setting) -> None:
     compare(setting, 1)
 
 
-@suite.comparison("batch 32")
+@suite.comparison("six members, a batch of 32")
 def batch_32(setting: Setting) -> None:
     compare(setting, 32)
 
 
-@suite.comparison("batch 1024")
+@suite.comparison("six members, a batch of 1024")
 def batch_1024(setting: Setting) -> None:
     compare(setting, 1024)

@@ -51,13 +51,14 @@ def bits(state: Mapping[str, Tensor]) -> dict[str, bytes]:
 
 def dense(width: int, layers: int, *, dropout: float = 0.0) -> nn.Module:
     """Return dense layers of one width, always with the same weights; with dropout, normalised too."""
-    torch.manual_seed(0)
     parts: list[nn.Module] = []
-    for _ in range(layers):
-        parts += [nn.Linear(width, width), nn.ReLU()]
-        if dropout:
-            parts += [nn.BatchNorm1d(width), nn.Dropout(dropout)]
-    return nn.Sequential(*parts, nn.Linear(width, 10)).to(DEVICE)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for _ in range(layers):
+            parts += [nn.Linear(width, width), nn.ReLU()]
+            if dropout:
+                parts += [nn.BatchNorm1d(width), nn.Dropout(dropout)]
+        return nn.Sequential(*parts, nn.Linear(width, 10)).to(DEVICE)
 
 
 class Bottleneck(nn.Module):

@@ -25,7 +25,7 @@ def predicting(predict: Callable[[Tensor], Tensor], x: Tensor) -> Contender:
 def compare(setting: Setting, batch: int) -> None:
     torch.manual_seed(0)
     width, blocks = setting.pick(full=(16, (3, 3, 3)), small=(8, (1, 1)), tiny=(4, (1,)))
-    side = setting.pick(full=32, small=16, tiny=8)
+    side = setting.pick(full=32, small=8, tiny=8)
     batch = setting.pick(full=batch, small=batch, tiny=min(batch, 8))
     models = [resnet(width, blocks, 10).to(DEVICE).eval().requires_grad_(False) for _ in range(MEMBERS)]
     x = torch.randn(batch, 3, side, side, device=DEVICE)
@@ -36,24 +36,21 @@ def compare(setting: Setting, batch: int) -> None:
         "parameters of one": sum(each.numel() for each in models[0].parameters()),
     }
     setting.compare(
-        {
-            f"six, {strategy}": predicting(SnapshotEnsemble(models, strategy=strategy), x)
-            for strategy in ("loop", "stacked")
-        },
+        {strategy: predicting(SnapshotEnsemble(models, strategy=strategy), x) for strategy in ("loop", "stacked")},
         {"one member": predicting(lambda x: models[0](x).softmax(-1), x)},
     )
 
 
-@suite.comparison("batch 1")
+@suite.comparison("six members, one example")
 def batch_1(setting: Setting) -> None:
     compare(setting, 1)
 
 
-@suite.comparison("batch 32")
+@suite.comparison("six members, a batch of 32")
 def batch_32(setting: Setting) -> None:
     compare(setting, 32)
 
 
-@suite.comparison("batch 1024")
+@suite.comparison("six members, a batch of 1024")
 def batch_1024(setting: Setting) -> None:
     compare(setting, 1024)

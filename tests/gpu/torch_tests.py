@@ -25,7 +25,6 @@ from snapcore_torch import SnapshotEnsemble, SnapshotRun
 from snapcore_torch.backend import TorchBackend
 
 torch.use_deterministic_algorithms(True, warn_only=True)  # what has no such kernel shows in the bits that are compared
-torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 suite = Suite(about())
 
