@@ -29,7 +29,7 @@ class Setting:
     Arguments:
         folder: its own, empty.
         size: how much to do.
-        end: when its share of the time is used, as `time.monotonic` counts.
+        end: when no other turn of a comparison is to begin, as `time.monotonic` counts.
     """
 
     folder: Path
@@ -45,7 +45,7 @@ class Setting:
         return {"full": full, "small": small, "tiny": tiny}[self.size]
 
     def compare(self, ours: Mapping[str, Contender], beside: Mapping[str, Contender]) -> None:
-        """Time all in turns, until the share of the time is used, and keep the ratio of each of ours to each peer."""
+        """Time all in turns, until the time for it is used, and keep the ratio of each of ours to each peer."""
         names = [*ours, *beside]
         first, *others = (*ours.values(), *beside.values())
         pairs = self.pick(full=41, small=15, tiny=2)

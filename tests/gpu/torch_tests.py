@@ -106,8 +106,11 @@ def walk(directory: Path, make: Make, *, leave: int = 0, fail: int = 0) -> dict[
     """Train a network with dropout on shuffled batches; leave the run after an update, or fail in the next."""
     model = dense(32, 2, dropout=0.5)
     optimizer = make(model.parameters())
+    rate = optimizer.param_groups[0]["lr"]
     loader = DataLoader(TensorDataset(noise(64, 32), classes(64)), batch_size=16, shuffle=True)
     with SnapshotRun(directory, CYCLES, model, optimizer, resume_every=3) as run:
+        kept = optimizer.param_groups[0]["lr"] is rate or not isinstance(rate, Tensor)
+        check(kept, "a resume put another tensor in place of the rate that a captured graph reads")
         for x, y in run.batches(loader):
             update(model, optimizer, x.to(DEVICE), y.to(DEVICE))
             run.step()
@@ -153,7 +156,7 @@ def fused_resume(setting: Setting) -> None:
         check(steps == [*CYCLES.snapshot_steps], f"{name}: members at {steps}")
 
 
-@suite.test("a capturable Adam with a rate on the device resumes bit for bit", needs_gpu=True)
+@suite.test("a capturable Adam resumes bit for bit, and keeps the tensor that its rate is in", needs_gpu=True)
 def capturable_resumes(setting: Setting) -> None:
     rate = torch.tensor(0.05, device=DEVICE)
     resumes(setting.folder, lambda parameters: Adam(parameters, lr=rate.clone(), capturable=True))

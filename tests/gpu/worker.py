@@ -19,6 +19,10 @@ from cases import Case, NotRun, Setting, Size, Suite
 
 LEAST = 60.0
 """Seconds that every case may take, as long as the part has them."""
+MEASURING = 0.8
+"""What of its share a case may have used when it begins another turn, which may last."""
+LATE = 5.0
+"""Seconds that the last case may take beyond the part's end; the process that waits for this one allows for more."""
 PASSED = {"test": "passed", "comparison": "measured"}
 
 
@@ -59,10 +63,10 @@ def run_all(suite: Suite, results: Results, folder: Path, size: Size, seconds: f
     results.write(plan=[record(case.name, case.kind, "not run", "no time was left") for case in left])
     while left and (now := time.monotonic()) < end:
         share = (end - now) * left[0].share / sum(case.share for case in left)
-        limit = min(end - now, max(2 * share, LEAST))
+        limit = min(end - now, max(2 * share, LEAST)) + LATE
         place = folder / str(len(left))
         place.mkdir()
-        run_one(left.pop(0), Setting(place, size, now + share), limit, suite, results)
+        run_one(left.pop(0), Setting(place, size, now + MEASURING * share), limit, suite, results)
         gc.collect()
 
 
