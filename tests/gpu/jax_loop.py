@@ -116,7 +116,7 @@ def dense(setting: Setting) -> None:
     loops(setting, Mlp, setting.pick(full=1000, small=200, tiny=8))
 
 
-@suite.comparison("a convolutional network, per update")
+@suite.comparison("a convolutional network, per update", share=2)
 def convolutional(setting: Setting) -> None:
     model = setting.pick(full=Cnn, small=Cnn, tiny=Mlp)  # XLA takes long to compile convolutions for a CPU
     loops(setting, model, setting.pick(full=200, small=10, tiny=2))
