@@ -36,7 +36,7 @@ from snapcore.store.manifest import (
 )
 from snapcore.store.resume_point import ResumePoint
 from snapcore.store.sealed import to_plain
-from snapcore.store.tensor_file import TensorFile, host_arrays, open_tensors, write_tensors
+from snapcore.store.tensor_file import TensorFile, host_arrays, open_tensors, refuse_foreign, write_tensors
 from snapcore.store.tensors import Array
 
 _KEY = "snapcore"
@@ -182,7 +182,8 @@ class SnapshotStore:
         path = self._path / member.file
         with self._writing() as lock:
             self._check_is_new(member)
-            _refuse_foreign(path, member.index)
+            # A run that was killed before its manifest named the member has left this file, and writes it again.
+            refuse_foreign(path, lambda metadata: has_index(metadata.get(_KEY, ""), member.index))
             with run_file(path, sum(array.nbytes for array in arrays.values()), check=lock.check) as temporary:
                 sha256 = write_tensors(temporary, arrays, {_KEY: entry(member)})
         return msgspec.structs.replace(member, sha256=sha256)
@@ -368,21 +369,8 @@ class SnapshotStore:
             raise StoreError(f"{self._path} has member {member.index}; nothing is overwritten: use another index")
 
 
-def _refuse_foreign(path: Path, index: int) -> None:
-    """Refuse to overwrite a file, unless it is this member's, left by a run that was killed before it was added."""
-    try:
-        with open_tensors(path) as left:
-            ours = has_index(left.metadata.get(_KEY, ""), index)
-    except FileNotFoundError:
-        return
-    except CorruptSnapshotError:
-        ours = False
-    if not ours:
-        raise StoreError(f"{path} is not a file of this run, and is not overwritten; move it away")
-
-
 def _compare(path: Path, member: Member, sha256: str) -> None:
     if sha256 != member.sha256:
         raise CorruptSnapshotError(
-            f"{path} does not have the SHA-256 that was recorded; restore it, or leave member {member.index} out"
+            f"{path} does not have the SHA-256 that was recorded; restore the file, or leave member {member.index} out"
         )

@@ -48,7 +48,7 @@ class DirectoryLock:
             if not locked:
                 raise StoreError(f"{directory} is being written by another run; wait for it, or choose another")
             self.check()  # another process may have renamed the directory between the open and the lock
-        except StoreError:
+        except BaseException:
             self.release()
             raise
 

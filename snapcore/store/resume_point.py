@@ -19,7 +19,7 @@ from snapcore.store.atomic import run_file, sweep
 from snapcore.store.files import local_path, refuse_link
 from snapcore.store.manifest import Count, Member, MemberCount
 from snapcore.store.sealed import REFUSALS
-from snapcore.store.tensor_file import as_bytes, host_arrays, open_tensors, write_tensors
+from snapcore.store.tensor_file import as_bytes, host_arrays, open_tensors, refuse_foreign, write_tensors
 from snapcore.store.tensors import Tensors
 
 FOLDER = "resume"
@@ -132,6 +132,7 @@ def write_point(run: Path, point: ResumePoint, *, check: Callable[[], object]) -
         path.parent.mkdir(exist_ok=True)
     except OSError as error:
         raise StoreError(f"{path} could not be written: {error.strerror or error}; move {FOLDER} away") from error
+    refuse_foreign(path, lambda metadata: "snapcore" in metadata)
     with run_file(path, sum(array.nbytes for array in tensors.values()), check=check) as temporary:
         write_tensors(temporary, tensors, {"snapcore": text, "sha256": _digest(text, tensors)})
 

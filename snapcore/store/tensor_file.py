@@ -7,7 +7,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -194,6 +194,24 @@ def open_tensors(path: Path, *, follow: bool = False) -> Iterator[TensorFile]:
         raise StoreError(f"{path} cannot be read: {error.strerror or error}; check the disk") from error
     except (SafetensorError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CorruptSnapshotError(f"{path} is not what was written: {error}; restore it") from error
+
+
+def refuse_foreign(path: Path, is_ours: Callable[[dict[str, str]], bool]) -> None:
+    """Raise `StoreError` if there is a file that a run must not replace.
+
+    Arguments:
+        path: where a run is about to write.
+        is_ours: returns whether a file with this metadata is the run's own.
+    """
+    try:
+        with open_tensors(path) as found:
+            ours = is_ours(found.metadata)
+    except FileNotFoundError:
+        return
+    except CorruptSnapshotError:
+        ours = False
+    if not ours:
+        raise StoreError(f"{path} is not a file of this run, and is not overwritten; move it away")
 
 
 def map_tensors(path: Path, *, copy: bool = False) -> dict[str, Array]:

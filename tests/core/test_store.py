@@ -355,6 +355,7 @@ def test_an_unknown_index_is_answered_with_those_that_are_there(run):
 
 def test_a_file_is_given_by_its_path(run):
     assert SnapshotStore(run).file(2) == run / "snapshot-002.safetensors"
+    assert SnapshotStore(run).file(2, verify=False) == run / "snapshot-002.safetensors"
 
 
 def test_a_run_is_moved_to_the_first_free_name(run):

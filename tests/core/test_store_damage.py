@@ -164,6 +164,7 @@ def member(key, value):
         *[member("lr", lr) for lr in (float("nan"), float("inf"), "0.1", None, 10**400)],
         *[member("metrics", metrics) for metrics in ({"nll": float("nan")}, {"nll": "x"}, [])],
         *[member("sha256", digest) for digest in ("", "0" * 63, "G" * 64, "0" * 64 + "\n", None)],
+        lambda manifest: manifest["members"].append(manifest["members"][0]),
         member("unfinished", 1),
         member("framework", None),
         member("colour", "red"),

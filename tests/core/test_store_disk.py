@@ -14,7 +14,7 @@ import pytest
 import snapcore.store.atomic
 import snapcore.store.directory
 from snapcore.errors import StoreError
-from snapcore.store import SnapshotStore, move_aside
+from snapcore.store import SnapshotStore, atomic_write, move_aside
 from snapcore.store.tensor_file import TensorFile
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -299,3 +299,30 @@ def test_files_are_flushed_before_they_get_their_names_and_the_manifest_comes_la
         ("rename", "snapcore.json"),
         ("flush", "directory"),
     ]
+
+
+def test_a_forgotten_members_file_that_cannot_be_deleted_is_reported(run):
+    with SnapshotStore(run, "w") as store:
+        (run / "snapshot-001.safetensors").unlink()
+        (run / "snapshot-001.safetensors").mkdir()
+        with pytest.raises(StoreError, match=r"run: a forgotten member cannot be deleted: .*directory"):
+            store.truncate(0)
+        assert store.members == ()
+    assert SnapshotStore(run).members == ()
+
+
+def interrupt(_):
+    raise KeyboardInterrupt
+
+
+def test_a_file_of_any_name_is_written_whole_or_not_at_all(tmp_path):
+    (tmp_path / "notes").write_text("old")
+    for name in ("notes", "new"):
+        with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / name) as temporary:
+            interrupt(temporary.write_text("half"))
+    assert names(tmp_path) == ["notes"]
+    assert (tmp_path / "notes").read_text() == "old"
+    with atomic_write(tmp_path / "notes") as temporary:
+        temporary.write_text("whole")
+    assert names(tmp_path) == ["notes"]
+    assert (tmp_path / "notes").read_text() == "whole"

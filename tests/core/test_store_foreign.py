@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from snapcore.errors import CorruptSnapshotError, StoreError
 from snapcore.store import ResumePoint, SnapshotStore, map_tensors, read_point
@@ -115,6 +116,20 @@ def test_a_file_that_has_a_members_name_and_is_none_of_this_run_is_not_overwritt
         path.unlink()
         save(store, 1)
     SnapshotStore(tmp_path / "run").verify()
+
+
+@pytest.mark.parametrize("found", [b"mine", b"", None])
+def test_a_file_that_has_a_points_name_and_is_none_is_not_overwritten(tmp_path, found):
+    path = tmp_path / "resume" / "point.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(found) if found is not None else save_file(TENSORS, path)
+    before = path.read_bytes()
+    with SnapshotStore(tmp_path, "w") as store:
+        with pytest.raises(StoreError, match=r"point\.safetensors is not a file of this run.*move it away"):
+            store.write_point(ResumePoint(TENSORS, state()))
+        assert path.read_bytes() == before
+        path.unlink()
+        store.write_point(ResumePoint(TENSORS, state()))
 
 
 @pytest.mark.parametrize("name", ["snapshot-001.safetensors", "snapcore.json", "resume/point.safetensors"])

@@ -268,6 +268,24 @@ def test_a_forked_child_neither_writes_nor_frees_its_parents_directory_nor_keeps
     assert values(home) == []
 
 
+def test_what_a_fork_has_copied_is_neither_written_nor_unlocked(home, monkeypatch):
+    """The same as above in one process, since what a forked child does is not measured."""
+    store = SnapshotStore(home, "w")
+    lock = store._lock
+    copies = os.dup(lock._descriptor)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "getpid", lambda: -1)
+        with pytest.raises(StoreError, match="open it in this one to write"):
+            save(store, 1)
+        store.close()
+        assert lock._release.alive
+        lock.release()  # as when the child forgets the store: its copy of the descriptor is closed, and no more
+    with pytest.raises(StoreError, match="is being written by another run"):
+        SnapshotStore(home, "w")
+    os.close(copies)
+    SnapshotStore(home, "w").close()
+
+
 # ------------------------------------------------------------------------------------------------ races
 
 
