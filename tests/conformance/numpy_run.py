@@ -1,4 +1,4 @@
-"""A run for loops in NumPy: a network of one layer with running means, dropout and momentum, and its `SnapshotRun`.
+"""A run for loops in NumPy: a layer with running means, dropout and momentum, and the `SnapshotRun` that follows it.
 
 It is here to show how little a run is, and to be broken on purpose.
 """
@@ -22,26 +22,13 @@ class Network:
         self.count, self.rate = 0, 0.0
 
     def update(self, x):
-        """Descend towards an output of 1, in place."""
+        """Descend towards outputs of 1, in place."""
         self.weights["mean"] += 0.1 * (x.mean(0) - self.weights["mean"])
         self.weights["seen"] += 1
         kept = (x - self.weights["mean"]) * (self.noise.random(x.shape) > 0.2)
-        slope = kept.T @ (kept @ self.weights["kernel"] - 1) / len(x)
-        self.velocity[:] = 0.9 * self.velocity + slope
+        self.velocity[:] = 0.9 * self.velocity + kept.T @ (kept @ self.weights["kernel"] - 1) / len(x)
         self.weights["kernel"] -= self.rate * self.velocity
         self.count += 1
-
-
-def probabilities(weights, x):
-    """Evaluation mode: no dropout."""
-    outputs = np.exp((x - weights["mean"]) @ weights["kernel"])
-    return outputs / outputs.sum(-1, keepdims=True)
-
-
-def ensemble(directory, x):
-    """Return the mean of the finished members, and each of them."""
-    members = [probabilities(map_tensors(file), x) for file in member_files(directory, framework="numpy")]
-    return combine(members), np.stack(members)
 
 
 class Source:
@@ -54,7 +41,7 @@ class Source:
         return {name: array.copy() for name, array in self.network.weights.items()}
 
     def dump(self):
-        weights = {f"weights/{name}": array for name, array in self.capture().items()}
+        weights = {f"weights/{name}": array.copy() for name, array in self.network.weights.items()}
         return {**weights, "velocity": self.network.velocity.copy()}, {"count": self.network.count}
 
     def load(self, tensors, values):
@@ -70,19 +57,19 @@ class Source:
 
 
 class SnapshotRun:
-    """Follows a network by its optimizer's count, and sets the rate."""
+    """Follow a network by its optimizer's count, and set its rate."""
 
-    source = Source
+    framework, source = "numpy", Source
 
     def __init__(self, directory, cycles, network, *, init=None, **options):
         program = as_program(cycles)
         if program.between.source == "fresh" and init is None:
             raise ProtocolError("fresh weights are needed: pass init=")
-        self.network, self._init = network, init
-        self.recorder = Recorder(directory, program, self.source(network), framework="numpy", **options)
+        self.network, self.init = network, init
+        self.recorder = Recorder(directory, program, self.source(network), framework=self.framework, **options)
         self.cursor = self.recorder.cursor
         self.restart(self.recorder.start())
-        self._before = network.count - self.cursor.step
+        self.before = network.count - self.cursor.step
         network.rate = self.cursor.lr
 
     @property
@@ -94,7 +81,7 @@ class SnapshotRun:
         return self.cursor.finished
 
     def step(self):
-        new = self.network.count - self._before - self.cursor.step
+        new = self.network.count - self.before - self.cursor.step
         self.restart(self.recorder.record(new, late="take"))
         self.network.rate = self.cursor.lr
 
@@ -116,8 +103,19 @@ class SnapshotRun:
     def restart(self, events):
         for event in events:
             if isinstance(event, Restart):
-                tensors = restart_weights(event, self.recorder, self._init)
+                tensors = restart_weights(event, self.recorder, self.init)
                 if tensors is not None:
-                    self.network.weights = {name: np.array(array) for name, array in tensors.items()}
+                    self.network.weights = {name: array.copy() for name, array in tensors.items()}
                 if event.optimizer == "reset":
                     self.network.velocity[:] = 0
+
+    @classmethod
+    def ensemble(cls, directory, x):
+        """Return the mean probabilities of the finished members, and each one's; no dropout."""
+        members = [probabilities(map_tensors(file), x) for file in member_files(directory, framework=cls.framework)]
+        return combine(members), np.stack(members)
+
+
+def probabilities(weights, x):
+    outputs = np.exp((x - weights["mean"]) @ weights["kernel"])
+    return outputs / outputs.sum(-1, keepdims=True)
