@@ -69,9 +69,13 @@ class RunConformance:
     Attributes:
         framework: the name that members bear.
         patience: seconds to wait for a file that should come.
+        cycles: given: the schedule of most rules.
+        x: given: what an update takes, float32 [6, 3]; always the same.
     """
 
     framework: ClassVar[str]
+    cycles: ClassVar[Schedule] = CYCLES
+    x: ClassVar[NDArray[np.float32]] = X
     patience: ClassVar[float] = 10.0
 
     def new(self, seed: int, schedule: Schedule) -> Any:

@@ -12,7 +12,6 @@ import optax
 import pytest.__main__
 from flax import nnx
 
-from snapcore import CosineCycles
 from snapcore.testing import BackendConformance, LoopConformance
 from snapcore_jax import SnapshotEnsemble, SnapshotRun, snapshot_schedule
 from snapcore_jax.backend import JaxBackend
@@ -112,5 +111,5 @@ class TestJaxRun(LoopConformance):
         subject.variables["params"]["kernel"] *= jnp.nan
 
     def ensemble(self, directory, x):
-        ensemble = SnapshotEnsemble.load(directory, outputs, like=self.new(0, CosineCycles(0.1, 60, 3)).variables)
+        ensemble = SnapshotEnsemble.load(directory, outputs, like=self.new(0, self.cycles).variables)
         return np.array(ensemble(x)), np.array(ensemble.members(x))

@@ -1,13 +1,17 @@
-"""The suite on TensorFlow, with batch statistics, and with dropout for its random states."""
+"""The suites on TensorFlow, with batch statistics, and with dropout for its random states."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
+import numpy as np
 import pytest
 import pytest.__main__
+import tensorflow as tf
 from keras import layers
 
-from snapcore.testing import BackendConformance
+from snapcore.testing import BackendConformance, LoopConformance
+from snapcore_tensorflow import SnapshotEnsemble, SnapshotRun, SnapshotSchedule
 from snapcore_tensorflow.backend import TensorFlowBackend
 
 from ..forked import Forked
@@ -58,3 +62,48 @@ def test_every_rule_holds_on_two_mirrored_devices(tmp_path):
     )
     assert process.wait() == 0, process.output + process.errors
     assert "20 passed" in process.output
+
+
+class TestTensorFlowRun(LoopConformance):
+    framework = "tensorflow"
+
+    def new(self, seed, schedule):
+        keras.utils.set_random_seed(seed)
+        middle = [layers.Dense(4, name="hidden"), layers.BatchNormalization(name="norm"), layers.Dropout(0.3)]
+        model = keras.Sequential([keras.Input((3,)), *middle, layers.Dense(2, name="output")])
+        optimizer = keras.optimizers.SGD(SnapshotSchedule(schedule), momentum=0.9)
+        optimizer.build(model.trainable_variables)
+
+        @tf.function
+        def update(x):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.square(model(x, training=True) - 1))
+            optimizer.apply(tape.gradient(loss, model.trainable_variables))
+
+        return SimpleNamespace(model=model, optimizer=optimizer, update=update)
+
+    def init(self, seed, schedule):
+        return self.new(seed, schedule).model
+
+    def open(self, directory, cycles, subject, **options):
+        return SnapshotRun(directory, cycles, subject.model, subject.optimizer, **options)
+
+    def update(self, subject, x):
+        subject.update(tf.constant(x))
+
+    def weights(self, subject):
+        paths = [weight.path.partition("/")[2] for weight in subject.model.weights]
+        return {f"{place:03d}/{path}": subject.model.weights[place].numpy() for place, path in enumerate(paths)}
+
+    def moments(self, subject):
+        return [each.numpy() for each in subject.optimizer.variables if "momentum" in each.path]
+
+    def rate(self, subject):
+        return float(subject.optimizer.learning_rate)
+
+    def spoil(self, subject):
+        subject.model.layers[0].bias.assign(np.full(4, np.nan))
+
+    def ensemble(self, directory, x):
+        ensemble = SnapshotEnsemble.load(directory, self.new(0, self.cycles).model, activation="softmax")
+        return ensemble(x).numpy(), ensemble.members(x).numpy()

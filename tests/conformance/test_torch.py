@@ -78,5 +78,5 @@ class TestTorchRun(LoopConformance):
         nn.init.constant_(subject.model[0].weight, torch.nan)
 
     def ensemble(self, directory, x):
-        ensemble = SnapshotEnsemble.load(directory, self.new(0, None).model)
+        ensemble = SnapshotEnsemble.load(directory, self.new(0, self.cycles).model)
         return ensemble(torch.from_numpy(x)).numpy(), ensemble.members(torch.from_numpy(x)).numpy()
