@@ -1,5 +1,6 @@
 """The suites on TensorFlow, with batch statistics, and with dropout for its random states."""
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,26 +65,40 @@ def test_every_rule_holds_on_two_mirrored_devices(tmp_path):
     assert "20 passed" in process.output
 
 
+def network(seed):
+    keras.utils.set_random_seed(seed)
+    middle = [layers.Dense(4, name="hidden"), layers.BatchNormalization(name="norm"), layers.Dropout(0.3)]
+    return keras.Sequential([keras.Input((3,)), *middle, layers.Dense(2, name="output")])
+
+
+@functools.cache
+def traced(schedule):
+    """What takes most of the time, done once: `new` gives it the values that a new process has."""
+    model, optimizer = network(0), keras.optimizers.SGD(SnapshotSchedule(schedule), momentum=0.9)
+    optimizer.build(model.trainable_variables)
+
+    @tf.function
+    def update(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(model(x, training=True) - 1))
+        optimizer.apply(tape.gradient(loss, model.trainable_variables))
+
+    return SimpleNamespace(model=model, optimizer=optimizer, update=update)
+
+
 class TestTensorFlowRun(LoopConformance):
     framework = "tensorflow"
 
     def new(self, seed, schedule):
-        keras.utils.set_random_seed(seed)
-        middle = [layers.Dense(4, name="hidden"), layers.BatchNormalization(name="norm"), layers.Dropout(0.3)]
-        model = keras.Sequential([keras.Input((3,)), *middle, layers.Dense(2, name="output")])
-        optimizer = keras.optimizers.SGD(SnapshotSchedule(schedule), momentum=0.9)
-        optimizer.build(model.trainable_variables)
-
-        @tf.function
-        def update(x):
-            with tf.GradientTape() as tape:
-                loss = tf.reduce_mean(tf.square(model(x, training=True) - 1))
-            optimizer.apply(tape.gradient(loss, model.trainable_variables))
-
-        return SimpleNamespace(model=model, optimizer=optimizer, update=update)
+        subject = traced(schedule)
+        for own, new in zip(subject.model.variables, network(seed).variables, strict=True):
+            own.assign(new)
+        for own in subject.optimizer.variables:
+            own.assign(tf.zeros_like(own))
+        return subject
 
     def init(self, seed, schedule):
-        return self.new(seed, schedule).model
+        return network(seed)
 
     def open(self, directory, cycles, subject, **options):
         return SnapshotRun(directory, cycles, subject.model, subject.optimizer, **options)
@@ -105,5 +120,5 @@ class TestTensorFlowRun(LoopConformance):
         subject.model.layers[0].bias.assign(np.full(4, np.nan))
 
     def ensemble(self, directory, x):
-        ensemble = SnapshotEnsemble.load(directory, self.new(0, self.cycles).model, activation="softmax")
+        ensemble = SnapshotEnsemble.load(directory, network(0), activation="softmax")
         return ensemble(x).numpy(), ensemble.members(x).numpy()
