@@ -1,6 +1,7 @@
 """The suites on Keras, with batch statistics and with dropout: on its default backend, and on the others alone."""
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -37,36 +38,57 @@ class TestKerasBackend(BackendConformance):
         return KerasBackend()
 
 
-class Watch(keras.callbacks.Callback):
-    """Has the suite look at the model, once it is Keras' own again; two stand around the callback under test."""
+class Before(keras.callbacks.Callback):
+    """Comes after the callback under test, whose work is done when a batch begins."""
 
-    def __init__(self, *, before=None, after=None):
+    def __init__(self, look):
         super().__init__()
-        self.before, self.after = before, after
+        self.look = look
 
     def on_train_batch_begin(self, batch, logs=None):
-        if self.before:
-            self.model.count_params()
-            self.before()
+        assert self.model  # asked for it, Keras on JAX gives the variables their values
+        self.look()
+
+
+class After(Before):
+    """Comes before it."""
+
+    def on_train_batch_begin(self, batch, logs=None):
+        pass
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.after and self.model and self.after():
+        if self.model and self.look():
             self.model.stop_training = True
+
+
+def network(seed):
+    keras.utils.set_random_seed(seed)
+    middle = [layers.Dense(4, name="hidden"), layers.BatchNormalization(name="norm"), layers.Dropout(0.3, seed=seed)]
+    return keras.Sequential([keras.Input((3,)), *middle, layers.Dense(2, name="output")])
+
+
+@functools.cache
+def compiled(schedule):
+    """What takes most of the time, done once: `new` gives it the values that a new process has."""
+    model = network(0)
+    model.compile(keras.optimizers.SGD(SnapshotSchedule(schedule), momentum=0.9), "mse")
+    model.optimizer.build(model.trainable_variables)
+    return model
 
 
 class TestKerasCallback(RunConformance):
     framework = "keras"
 
     def new(self, seed, schedule):
-        keras.utils.set_random_seed(seed)
-        middle = [layers.Dense(4, name="hidden"), layers.BatchNormalization(name="norm"), layers.Dropout(0.3)]
-        model = keras.Sequential([keras.Input((3,)), *middle, layers.Dense(2, name="output")])
-        model.compile(keras.optimizers.SGD(SnapshotSchedule(schedule), momentum=0.9), "mse")
-        model.optimizer.build(model.trainable_variables)
+        model = compiled(schedule)
+        for own, new in zip(model.variables, network(seed).variables, strict=True):
+            own.assign(new)
+        for own in model.optimizer.variables:
+            own.assign(np.zeros(own.shape))
         return model
 
     def init(self, seed, schedule):
-        return self.new(seed, schedule)
+        return network(seed)
 
     def train(self, directory, cycles, subject, *, before, after, **options):
         callback = SnapshotCallback(directory, cycles, **options)
@@ -79,7 +101,7 @@ class TestKerasCallback(RunConformance):
                 shuffle=False,
                 epochs=9,
                 verbose=0,
-                callbacks=[Watch(after=after), callback, Watch(before=before)],
+                callbacks=[After(after), callback, Before(before)],
             )
 
     def weights(self, subject):
@@ -99,7 +121,7 @@ class TestKerasCallback(RunConformance):
         subject.layers[0].bias.assign(np.full(4, np.nan))
 
     def ensemble(self, directory, x):
-        ensemble = SnapshotEnsemble.load(directory, self.new(0, self.cycles), activation="softmax")
+        ensemble = SnapshotEnsemble.load(directory, network(0), activation="softmax")
         return [keras.ops.convert_to_numpy(each) for each in (ensemble(x), ensemble.members(x))]
 
 
