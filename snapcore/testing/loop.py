@@ -92,13 +92,16 @@ class LoopConformance(RunConformance):
         begun = self._batches(tmp_path / "run", _Shuffled(), leave_after=8)
         assert begun + self._batches(tmp_path / "run", _Shuffled(), seed=1) == whole
 
-    def test_rule_29_an_exception_leaves_the_resume_point_of_before(self, tmp_path: Path) -> None:
-        """Rule 29: it may have come in the middle of an update."""
+    def test_rule_29_an_exception_leaves_the_resume_point_of_before(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Rule 29: it may have come in the middle of an update. The log says how far the loop was."""
         subject = self.new(0, CYCLES)
         with suppress(Stopped), self.open(tmp_path / "run", CYCLES, subject) as run:
             self._update(run, subject, 8)
             raise Stopped
         assert point_at(tmp_path / "run") == 6
+        assert "8 of 13 updates" in caplog.text
 
     def test_rule_30_a_late_member_is_warned_of_and_recorded_with_the_true_step(self, tmp_path: Path) -> None:
         """Rule 30: where several updates were done between two calls of `step`."""

@@ -167,9 +167,9 @@ class RunConformance:
             due = CYCLES.snapshot_steps[place]
             assert facts == (place + 1, place, due, CYCLES(member.step - 1), self.framework, False)
 
-    def test_rule_05_the_rate_of_every_update_is_the_schedules(self, tmp_path: Path) -> None:
+    def test_rule_05_the_rate_of_every_update_is_the_schedules(self) -> None:
         """Rule 5: after a restart too."""
-        for training in (self._undisturbed().training, self._train(tmp_path / "run", STAR)):
+        for training in (self._undisturbed().training, self._undisturbed(STAR).training):
             expected = [CYCLES(step) for step in range(len(training.rates))]
             np.testing.assert_allclose(training.rates, expected, rtol=0, atol=1e-6 * CYCLES.lr)
 
@@ -186,11 +186,14 @@ class RunConformance:
     def test_rule_08_a_finished_run_is_refused_or_moved_aside(self, tmp_path: Path) -> None:
         """Rule 8: with `resume=False` it lies beside the new one."""
         self._train(tmp_path / "run")
+        members = SnapshotStore(tmp_path / "run").members
         with pytest.raises(StoreError, match="finished"):
             self._train(tmp_path / "run")
         self._train(tmp_path / "run", resume=False, leave_after=1)
-        assert steps(tmp_path / "run.1") == self._undisturbed().steps
         assert steps(tmp_path / "run") == []
+        aside = SnapshotStore(tmp_path / "run.1")
+        aside.verify()
+        assert aside.members == members
 
     def test_rule_09_another_program_is_refused(self, tmp_path: Path) -> None:
         """Rule 9: and the run that is there can still be resumed."""
@@ -268,7 +271,7 @@ class RunConformance:
 
         def init(number: int) -> Any:
             asked.append(number)
-            return self.init(100 + number, CYCLES)
+            return self._fresh(number)
 
         training = self._train(tmp_path / "run", FRESH, init=init)
         assert asked == [2, 3]
@@ -279,32 +282,35 @@ class RunConformance:
     def test_rule_18_fresh_weights_without_init_are_refused(self, tmp_path: Path) -> None:
         """Rule 18: before anything is written."""
         with pytest.raises(ProtocolError, match="init="):
-            self._train(tmp_path / "run", FRESH)
+            self._train(tmp_path / "run", FRESH, init=None)
         assert not (tmp_path / "run").exists()
 
-    def test_rule_19_a_restart_from_the_first_brings_its_weights_back(self, tmp_path: Path) -> None:
+    def test_rule_19_a_restart_from_the_first_brings_its_weights_back(self) -> None:
         """Rule 19: buffers too."""
-        training = self._train(tmp_path / "run", STAR)
-        for due in CYCLES.snapshot_steps[:-1]:
-            assert_equal(training.before[due], training.after[CYCLES.snapshot_steps[0] - 1])
+        for program in (STAR, Program("keep", CYCLES, Restart("first", "keep"))):
+            training = self._undisturbed(program).training
+            for due in CYCLES.snapshot_steps[:-1]:
+                assert_equal(training.before[due], training.after[CYCLES.snapshot_steps[0] - 1])
 
     def test_rule_20_moments_are_reset_if_so_asked_and_kept_else(self, tmp_path: Path) -> None:
-        """Rule 20: without a restart they are kept."""
-        due = CYCLES.snapshot_steps[0]
-        reset = self._train(
-            tmp_path / "reset", Program("reset", CYCLES, Restart("previous", "reset")), leave_after=due + 1
-        )
-        keep = self._train(tmp_path / "keep", Program("keep", CYCLES, Restart("first", "keep")), leave_after=due + 1)
-        assert any(map(np.any, reset.moments[due - 1][1]))
-        assert not any(map(np.any, reset.moments[due][0]))
-        for training in (keep, self._undisturbed().training):
+        """Rule 20: without a restart they are kept; the weights stay in any case, if no others are asked for."""
+        due, reset = CYCLES.snapshot_steps[0], Program("reset", CYCLES, Restart("previous", "reset"))
+        training = self._train(tmp_path / "run", reset, leave_after=due + 1)
+        assert any(map(np.any, training.moments[due - 1][1]))
+        assert not any(map(np.any, training.moments[due][0]))
+        assert_equal(training.before[due], training.after[due - 1])
+        for cycles in (CYCLES, Program("keep", CYCLES, Restart("first", "keep"))):
+            training = self._undisturbed(cycles).training
             for one, other in zip(training.moments[due - 1][1], training.moments[due][0], strict=True):
                 np.testing.assert_array_equal(one, other)
+            assert_equal(training.before[due], training.after[due - 1])
 
     def test_rule_21_a_restart_that_was_due_is_done_by_the_training_that_resumes(self, tmp_path: Path) -> None:
-        """Rule 21: killed right after the second member, it begins with the first one's weights."""
-        left = self._killed(tmp_path / "run", STAR, update=11, point=10)
-        assert_equal(self._train(left, STAR, seed=1).before[0], SnapshotStore(left).load(1))
+        """Rule 21: killed right after a member, its weights are those of a run that was never stopped."""
+        for program in (STAR, FRESH):
+            left = self._killed(tmp_path / program.method, program, update=11, point=10)
+            resumed = self._train(left, program, seed=1)
+            _assert_all_equal(resumed.after, self._undisturbed(program).training.after[10:])
 
     # -------------------------------------------------------------------------------------------------- what goes wrong
 
@@ -354,10 +360,10 @@ class RunConformance:
 
     @classmethod
     @functools.cache
-    def _undisturbed(cls) -> "_Undisturbed":
-        """Return a training that was never stopped, and what it has left; once for every suite."""
+    def _undisturbed(cls, cycles: Schedule | Program = CYCLES) -> "_Undisturbed":
+        """Return a training that was never stopped, and what it has left; done once for a suite."""
         with tempfile.TemporaryDirectory() as folder:
-            training = cls()._train(Path(folder) / "run")
+            training = cls()._train(Path(folder) / "run", cycles)
             store = SnapshotStore(Path(folder) / "run")
             tensors = [frozen(store.load(member.index)) for member in store.members]
             return _Undisturbed(training, store.members, tensors, store.stopped)
@@ -384,7 +390,10 @@ class RunConformance:
         """
         random.seed(seed)
         np.random.seed(seed)
-        subject, training = self.new(seed, as_program(cycles).schedule), Training()
+        program = as_program(cycles)
+        if program.between.source == "fresh":
+            options.setdefault("init", self._fresh)
+        subject, training = self.new(seed, program.schedule), Training()
 
         def before() -> None:
             training.rates.append(float(self.rate(subject)))
@@ -406,7 +415,7 @@ class RunConformance:
         self, directory: Path, cycles: Schedule | Program = CYCLES, *, update: int, point: int, **options: Any
     ) -> Path:
         """Return a copy of the directory of a training as it is in that update, once its resume point is on disk."""
-        left = directory.with_name("killed")
+        left = directory.with_name(f"{directory.name} killed")
 
         def act(done: int, subject: Any) -> None:  # noqa: ARG001
             if done == update:
@@ -417,6 +426,9 @@ class RunConformance:
         with suppress(Stopped):
             self._train(directory, cycles, act=act, **options)
         return left
+
+    def _fresh(self, number: int) -> Any:
+        return self.init(100 + number, CYCLES)
 
     def _wait(self, directory: Path, step: int) -> None:
         """Wait until the resume point of that update is on disk, and all members up to it."""

@@ -169,12 +169,12 @@ class Rule10(SnapshotRun):
 
 
 class Rule11(SnapshotRun):
-    """It ends in silence."""
+    """Without an error it ends in silence."""
 
-    def __exit__(self, *error):
-        logging.disable()
+    def __exit__(self, kind, error, trace):
+        logging.disable(logging.NOTSET if kind else logging.CRITICAL)
         try:
-            return super().__exit__(*error)
+            return super().__exit__(kind, error, trace)
         finally:
             logging.disable(logging.NOTSET)
 
@@ -237,12 +237,12 @@ class Rule18(SnapshotRun):
 
 
 class Rule19(SnapshotRun):
-    """The first member's buffers stay away, but on resuming."""
+    """The first member's buffers stay away if moments are kept."""
 
     def restart(self, events):
         mean = self.network.weights["mean"]
         super().restart(events)
-        if hasattr(self, "before") and Restart("first", "reset") in events:
+        if Restart("first", "keep") in events:
             self.network.weights["mean"] = mean
 
 
@@ -276,8 +276,6 @@ class Rule23(SnapshotRun):
     def __exit__(self, *error):
         try:
             return super().__exit__(*error)
-        except StoreError:
-            raise
         finally:
             if self.recorder.failed:
                 (self.recorder.directory / ".tmp-note").touch()

@@ -11,6 +11,8 @@ import pytest.__main__
 import tensorflow as tf
 from keras import layers
 
+from snapcore import ProtocolError
+from snapcore.store import SnapshotStore
 from snapcore.testing import BackendConformance, LoopConformance
 from snapcore_tensorflow import SnapshotEnsemble, SnapshotRun, SnapshotSchedule
 from snapcore_tensorflow.backend import TensorFlowBackend
@@ -72,9 +74,9 @@ def network(seed):
 
 
 @functools.cache
-def traced(schedule):
+def traced(rate):
     """What takes most of the time, done once: `new` gives it the values that a new process has."""
-    model, optimizer = network(0), keras.optimizers.SGD(SnapshotSchedule(schedule), momentum=0.9)
+    model, optimizer = network(0), keras.optimizers.SGD(rate, momentum=0.9)
     optimizer.build(model.trainable_variables)
 
     @tf.function
@@ -88,9 +90,10 @@ def traced(schedule):
 
 class TestTensorFlowRun(LoopConformance):
     framework = "tensorflow"
+    rate_given = staticmethod(functools.cache(SnapshotSchedule))
 
     def new(self, seed, schedule):
-        subject = traced(schedule)
+        subject = traced(self.rate_given(schedule))
         for own, new in zip(subject.model.variables, network(seed).variables, strict=True):
             own.assign(new)
         for own in subject.optimizer.variables:
@@ -122,3 +125,18 @@ class TestTensorFlowRun(LoopConformance):
     def ensemble(self, directory, x):
         ensemble = SnapshotEnsemble.load(directory, network(0), activation="softmax")
         return ensemble(x).numpy(), ensemble.members(x).numpy()
+
+
+class TestTensorFlowRunAtAPlainRate(TestTensorFlowRun):
+    @staticmethod
+    def rate_given(schedule):
+        return 0.7
+
+    def test_rule_30_a_late_member_is_warned_of_and_recorded_with_the_true_step(self, tmp_path):
+        """Several updates between two calls would all be done at the rate before them."""
+        subject, told = self.new(0, self.cycles), "8 updates were done in 1 calls"
+        with pytest.raises(ProtocolError, match=told), self.open(tmp_path / "run", self.cycles, subject) as run:
+            for _ in range(8):
+                self.update(subject, self.x)
+            self.step(run, subject)
+        assert not SnapshotStore(tmp_path / "run").members
