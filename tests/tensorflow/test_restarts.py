@@ -57,6 +57,6 @@ def test_fresh_weights_are_a_model_or_arrays_by_name_and_stay_as_they_were_given
 
 def test_fresh_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     other = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
-    with pytest.raises(DataError, match=r"the fresh member does not fit the model .*'002/"):
+    with pytest.raises(DataError, match=r"a restart.s member does not fit the model .*'002/"):
         starts(tmp_path / "run", lambda number: other)
     assert len(SnapshotStore(tmp_path / "run").members) == 1

@@ -225,8 +225,8 @@ def test_between_boundaries_the_optimizers_count_is_not_read(tmp_path, monkeypat
     model, optimizer = linear(), sgd(0.7)
     update = make_update(model, optimizer)
     with SnapshotRun(tmp_path / "run", long, model, optimizer) as run:
-        counted, reads = run._following.updates, []
-        monkeypatch.setattr(run._following, "updates", lambda: reads.append(1) or counted())
+        counted, reads = run._run._read_count, []
+        monkeypatch.setattr(run._run, "_read_count", lambda: reads.append(1) or counted())
         for step in range(1, 30):
             update()
             run.step()

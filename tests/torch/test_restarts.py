@@ -43,6 +43,6 @@ def test_fresh_weights_are_a_module_or_a_state_dict_and_stay_as_they_were_given(
 
 
 def test_fresh_weights_that_do_not_fit_are_refused_by_name(tmp_path):
-    with pytest.raises(DataError, match=r"the fresh member does not fit the model .*'0.weight' \(4, 3\) is missing"):
+    with pytest.raises(DataError, match=r"a restart's member does not fit the model .*'0.weight' \(4, 3\) is missing"):
         starts(tmp_path / "run", lambda number: nn.Linear(3, 1))
     assert len(SnapshotStore(tmp_path / "run").members) == 1
