@@ -5,10 +5,8 @@ It is here to show how little a run is, and to be broken on purpose.
 
 import numpy as np
 
-from snapcore import ProtocolError, Restart
 from snapcore.ensemble import combine, member_files
-from snapcore.protocol import as_program
-from snapcore.run import Recorder, restart_weights
+from snapcore.run import Recorder
 from snapcore.store import map_tensors
 
 
@@ -34,11 +32,17 @@ class Network:
 class Source:
     """The network as the recorder sees it."""
 
-    def __init__(self, network):
-        self.network = network
+    def __init__(self, network, fresh):
+        self.network, self.fresh = network, fresh
 
     def capture(self):
         return {name: array.copy() for name, array in self.network.weights.items()}
+
+    def restore(self, tensors, *, optimizer):
+        if tensors is not None:
+            self.network.weights = {name: array.copy() for name, array in tensors.items()}
+        if optimizer == "reset":
+            self.network.velocity[:] = 0
 
     def dump(self):
         weights = {f"weights/{name}": array.copy() for name, array in self.network.weights.items()}
@@ -59,16 +63,13 @@ class Source:
 class SnapshotRun:
     """Follow a network by its optimizer's count, and set its rate."""
 
-    framework, source = "numpy", Source
+    framework, make_source = "numpy", Source
 
     def __init__(self, directory, cycles, network, *, init=None, **options):
-        program = as_program(cycles)
-        if program.between.source == "fresh" and init is None:
-            raise ProtocolError("fresh weights are needed: pass init=")
-        self.network, self.init = network, init
-        self.recorder = Recorder(directory, program, self.source(network), framework=self.framework, **options)
+        self.network, self.source = network, self.make_source(network, init)
+        self.recorder = Recorder(directory, cycles, self.source, framework=self.framework, **options)
         self.cursor = self.recorder.cursor
-        self.restart(self.recorder.start())
+        self.recorder.start()
         self.before = network.count - self.cursor.step
         network.rate = self.cursor.lr
 
@@ -81,8 +82,7 @@ class SnapshotRun:
         return self.cursor.finished
 
     def step(self):
-        new = self.network.count - self.before - self.cursor.step
-        self.restart(self.recorder.record(new, late="take"))
+        self.recorder.record(self.network.count - self.before - self.cursor.step, late="take")
         self.network.rate = self.cursor.lr
 
     def batches(self, loader):
@@ -99,15 +99,6 @@ class SnapshotRun:
 
     def __exit__(self, *error):
         return self.recorder.__exit__(*error)
-
-    def restart(self, events):
-        for event in events:
-            if isinstance(event, Restart):
-                tensors = restart_weights(event, self.recorder, self.init)
-                if tensors is not None:
-                    self.network.weights = {name: array.copy() for name, array in tensors.items()}
-                if event.optimizer == "reset":
-                    self.network.velocity[:] = 0
 
     @classmethod
     def ensemble(cls, directory, x):

@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import pytest
 
-from snapcore import CycleWarning, Restart, SnapcoreError, StoreError
+from snapcore import CycleWarning, SnapcoreError, StoreError
 from snapcore.ensemble import combine
 from snapcore.store import SnapshotStore
 from snapcore.testing import LoopConformance, RunConformance
@@ -58,14 +58,14 @@ class Rule01(SnapshotRun):
         super().__exit__(*error)
         if self.cursor.step == 13:
             with SnapshotStore(self.recorder.directory, "w") as store:
-                store.keep(2)
+                store.truncate(2)
                 store.describe(stopped="finished")
 
 
 class Rule02(SnapshotRun):
     """The last member has fewer digits than the weights."""
 
-    class source(Source):  # noqa: N801
+    class make_source(Source):  # noqa: N801
         def capture(self):
             tensors = super().capture()
             return {**tensors, "mean": np.round(tensors["mean"], 3)} if self.network.count == 13 else tensors
@@ -74,9 +74,9 @@ class Rule02(SnapshotRun):
 class Rule03(SnapshotRun):
     """A copy is made when the writer gets to it; the loop waits a little for that, so that little else shows."""
 
-    class source(Source):  # noqa: N801
-        def __init__(self, network):
-            super().__init__(network)
+    class make_source(Source):  # noqa: N801
+        def __init__(self, network, fresh):
+            super().__init__(network, fresh)
             self.copied = threading.Event()
             self.copied.set()
 
@@ -91,7 +91,7 @@ class Rule03(SnapshotRun):
 
     def step(self):
         super().step()
-        self.recorder._source.copied.wait(0.5)
+        self.source.copied.wait(0.5)
 
 
 class Rule04(SnapshotRun):
@@ -128,7 +128,7 @@ class Rule06(SnapshotRun):
 class Rule07(SnapshotRun):
     """A copy draws a random number, but where members are due."""
 
-    class source(Source):  # noqa: N801
+    class make_source(Source):  # noqa: N801
         def dump(self):
             if self.network.count % 2:
                 self.network.noise.random()
@@ -207,7 +207,7 @@ class Rule15(SnapshotRun):
     """At a SIGTERM the run is finished."""
 
     def step(self):
-        if self.recorder.told_to_end:
+        if self.recorder.asked_to_stop:
             self.recorder.finish("SIGTERM")
             self.recorder.close()
         super().step()
@@ -239,32 +239,42 @@ class Rule18(SnapshotRun):
 class Rule19(SnapshotRun):
     """The first member's buffers stay away if moments are kept."""
 
-    def restart(self, events):
-        mean = self.network.weights["mean"]
-        super().restart(events)
-        if Restart("first", "keep") in events:
-            self.network.weights["mean"] = mean
+    class make_source(Source):  # noqa: N801
+        def restore(self, tensors, *, optimizer):
+            mean = self.network.weights["mean"]
+            super().restore(tensors, optimizer=optimizer)
+            if optimizer == "keep":
+                self.network.weights["mean"] = mean
 
 
 class Rule20(SnapshotRun):
     """Moments are never reset."""
 
-    def restart(self, events):
-        super().restart([Restart(each.source, "keep") for each in events if isinstance(each, Restart)])
+    class make_source(Source):  # noqa: N801
+        def restore(self, tensors, *, optimizer):
+            super().restore(tensors, optimizer="keep")
 
 
 class Rule21(SnapshotRun):
     """A restart is left to the process that took the member."""
 
-    def restart(self, events):
-        if hasattr(self, "before"):
-            super().restart(events)
+    class make_source(Source):  # noqa: N801
+        resumed = False
+
+        def load(self, tensors, values):
+            super().load(tensors, values)
+            self.resumed = True
+
+        def restore(self, tensors, *, optimizer):
+            if not self.resumed:
+                super().restore(tensors, optimizer=optimizer)
+            self.resumed = False
 
 
 class Rule22(SnapshotRun):
     """What is not finite is zero."""
 
-    class source(Source):  # noqa: N801
+    class make_source(Source):  # noqa: N801
         def dump(self):
             tensors, values = super().dump()
             return {name: np.nan_to_num(array) for name, array in tensors.items()}, values
