@@ -36,6 +36,7 @@ Act = Callable[[int, Any], None]
 CYCLES = CosineCycles(0.1, 13, 3, warmup_steps=2, remainder="even")
 """Members are due after 6, 10 and 13 updates: the first cycle begins late, and the last one is shorter."""
 STAR = Program("star", CYCLES, Restart("first", "reset"))
+KEEP = Program("keep", CYCLES, Restart("first", "keep"))
 FRESH = Program("singlecycle", CYCLES, Restart("fresh", "reset"))
 X: NDArray[np.float32] = np.linspace(-1, 1, 18, dtype=np.float32).reshape(6, 3)
 """What an update takes, and what an ensemble is asked about."""
@@ -55,8 +56,10 @@ class Training:
     """The weights that each update began with."""
     after: list[Arrays] = field(default_factory=list)
     """The weights that each update led to."""
-    moments: list[tuple[list[NDArray[Any]], list[NDArray[Any]]]] = field(default_factory=list)
-    """The optimizer's, before and after each update."""
+    moments_before: list[list[NDArray[Any]]] = field(default_factory=list)
+    """The optimizer's moments that each update began with."""
+    moments_after: list[list[NDArray[Any]]] = field(default_factory=list)
+    """The optimizer's moments that each update led to."""
 
 
 class RunConformance:
@@ -174,7 +177,7 @@ class RunConformance:
             np.testing.assert_allclose(training.rates, expected, rtol=0, atol=1e-6 * CYCLES.lr)
 
     def test_rule_06_training_ends_with_the_program(self) -> None:
-        """Rule 6."""
+        """Rule 6: whatever else was asked of it, such as more epochs."""
         assert len(self._undisturbed().training.after) == CYCLES.steps
 
     def test_rule_07_members_and_resume_points_change_nothing_that_follows(self, tmp_path: Path) -> None:
@@ -229,7 +232,7 @@ class RunConformance:
         self._assert_resumes(tmp_path / "run", 8)
 
     def test_rule_13_a_killed_run_resumes_exactly_from_the_last_member(self, tmp_path: Path) -> None:
-        """Rule 13."""
+        """Rule 13: the process had no time to write anything."""
         self._assert_resumes(self._killed(tmp_path / "run", update=8, point=6), 6)
 
     def test_rule_14_a_killed_run_resumes_exactly_from_the_last_point_asked_for(self, tmp_path: Path) -> None:
@@ -255,8 +258,13 @@ class RunConformance:
 
     def test_rule_16_an_exception_passes_through_and_the_members_stay(self, tmp_path: Path) -> None:
         """Rule 16: the directory is free for the next training, which finishes the run."""
+
+        def stop(update: int, subject: Any) -> None:  # noqa: ARG001
+            if update == 8:
+                raise Stopped
+
         with pytest.raises(Stopped):
-            self._train(tmp_path / "run", act=_stop_after(8))
+            self._train(tmp_path / "run", act=stop)
         store = SnapshotStore(tmp_path / "run")
         store.verify()
         assert ([member.step for member in store.members], store.stopped) == ([6], None)
@@ -266,7 +274,7 @@ class RunConformance:
     # ------------------------------------------------------------------------------------------------ between members
 
     def test_rule_17_fresh_weights_come_from_init_by_the_members_number(self, tmp_path: Path) -> None:
-        """Rule 17."""
+        """Rule 17: 2 for the second, 3 for the third."""
         asked: list[int] = []
 
         def init(number: int) -> Any:
@@ -287,7 +295,7 @@ class RunConformance:
 
     def test_rule_19_a_restart_from_the_first_brings_its_weights_back(self) -> None:
         """Rule 19: buffers too."""
-        for program in (STAR, Program("keep", CYCLES, Restart("first", "keep"))):
+        for program in (STAR, KEEP):
             training = self._undisturbed(program).training
             for due in CYCLES.snapshot_steps[:-1]:
                 assert_equal(training.before[due], training.after[CYCLES.snapshot_steps[0] - 1])
@@ -296,12 +304,12 @@ class RunConformance:
         """Rule 20: without a restart they are kept; the weights stay in any case, if no others are asked for."""
         due, reset = CYCLES.snapshot_steps[0], Program("reset", CYCLES, Restart("previous", "reset"))
         training = self._train(tmp_path / "run", reset, leave_after=due + 1)
-        assert any(map(np.any, training.moments[due - 1][1]))
-        assert not any(map(np.any, training.moments[due][0]))
+        assert any(map(np.any, training.moments_after[due - 1]))
+        assert not any(map(np.any, training.moments_before[due]))
         assert_equal(training.before[due], training.after[due - 1])
-        for cycles in (CYCLES, Program("keep", CYCLES, Restart("first", "keep"))):
+        for cycles in (CYCLES, KEEP):
             training = self._undisturbed(cycles).training
-            for one, other in zip(training.moments[due - 1][1], training.moments[due][0], strict=True):
+            for one, other in zip(training.moments_after[due - 1], training.moments_before[due], strict=True):
                 np.testing.assert_array_equal(one, other)
             assert_equal(training.before[due], training.after[due - 1])
 
@@ -363,8 +371,7 @@ class RunConformance:
     def _undisturbed(cls, cycles: Schedule | Program = CYCLES) -> "_Undisturbed":
         """Return a training that was never stopped, and what it has left; done once for a suite."""
         with tempfile.TemporaryDirectory() as folder:
-            training = cls()._train(Path(folder) / "run", cycles)
-            store = SnapshotStore(Path(folder) / "run")
+            training, store = cls()._train(Path(folder) / "run", cycles), SnapshotStore(Path(folder) / "run")
             tensors = [frozen(store.load(member.index)) for member in store.members]
             return _Undisturbed(training, store.members, tensors, store.stopped)
 
@@ -398,16 +405,15 @@ class RunConformance:
         def before() -> None:
             training.rates.append(float(self.rate(subject)))
             training.before.append(frozen(self.weights(subject)))
-            held.append([np.array(each) for each in self.moments(subject)])
+            training.moments_before.append([np.array(each) for each in self.moments(subject)])
 
         def after() -> bool:
             training.after.append(frozen(self.weights(subject)))
-            training.moments.append((held.pop(), [np.array(each) for each in self.moments(subject)]))
+            training.moments_after.append([np.array(each) for each in self.moments(subject)])
             if act is not None:
                 act(len(training.after), subject)
             return len(training.after) == leave_after
 
-        held: list[list[NDArray[Any]]] = []
         self.train(directory, cycles, subject, before=before, after=after, **options)
         return training
 
@@ -454,14 +460,6 @@ class _Undisturbed:
     @property
     def steps(self) -> list[int]:
         return [member.step for member in self.members]
-
-
-def _stop_after(update: int) -> Act:
-    def act(done: int, subject: Any) -> None:  # noqa: ARG001
-        if done == update:
-            raise Stopped
-
-    return act
 
 
 def steps(directory: Path) -> list[int]:
