@@ -1,4 +1,4 @@
-"""What a data loader draws from, so that it can be made part of the place in the data."""
+"""What a data loader draws from, so that it can be made part of the position in the data."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -25,7 +25,7 @@ def generators(loader: object) -> list[torch.Generator]:
 
 
 def with_new_workers(loader: Iterable[Batch]) -> Iterable[Batch]:
-    """Return the loader, or one that starts its workers anew every epoch if they would outlive it.
+    """Return the loader, or one that starts new workers every epoch if they would outlive it.
 
     A worker's random streams are seeded when it starts, and nobody can save them later on.
     """

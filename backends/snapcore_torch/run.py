@@ -1,4 +1,4 @@
-"""A run for a training loop of your own: it counts, sets the rate, takes the snapshots, and goes on after a kill."""
+"""A run for a training loop of your own: it counts, sets the rate, takes the snapshots, and resumes after a kill."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -36,7 +36,7 @@ FreshWeights = Callable[[int], "nn.Module | Mapping[str, Tensor]"]
 
 
 class SnapshotRun:
-    """Take snapshots from a training loop of your own, and go on after a kill.
+    """Take snapshots from a training loop of your own, and resume after a kill.
 
     It counts the optimizer's own steps, so `step()` may as well be called once per micro-batch. `step()` sets the
     rate of the next update; at the end of a cycle it first copies the weights, and the file is written behind the
@@ -52,13 +52,13 @@ class SnapshotRun:
         cycles_or_program: a schedule, or a program from `snapcore.program`.
         model: whose state is copied: parameters and persistent buffers.
         optimizer: the one optimizer that trains it. Groups keep their ratio to the reference rate.
-        resume: go on with an unfinished run that is there; False moves any run aside.
+        resume: resume an unfinished run that is there; False moves any run aside.
         resume_every: updates between two resume points, beside those at every cycle's end.
         init: for programs with `fresh` restarts: gives a module or a state dict for a member number.
         reference_lr: the rate that the schedule stands for; by default found in the optimizer.
         scaler: a `GradScaler`; updates that it skips are not counted, and its state is part of resume points.
         state: more objects with `state_dict` and `load_state_dict` for resume points, by name; a loader among them
-            is taken to know its own place.
+            is taken to keep its own position.
         weights: another module whose weights become the members, such as an `AveragedModel` (EMA); its count is part of
             resume points, and a restart gives it the new weights too.
         at: where a trainer that keeps checkpoints of its own starts or resumes, from `position()`; it has restored
@@ -168,12 +168,12 @@ class SnapshotRun:
             self._rates.apply(self._cursor.lr)
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the loader's batches, epoch after epoch, until the program stops; after a resume, go on where it was.
+        """Yield the loader's batches, epoch after epoch, until the program stops; after a resume, from where it was.
 
-        The order is exact if it is drawn when an epoch begins, from the random states (`shuffle=True`) or from a
+        The order is exact if it is drawn when an epoch starts, from the random states (`shuffle=True`) or from a
         `generator` of the loader, its data set or its samplers; if it depends on `set_epoch`; or if it is kept in the
         loader's own state, given in `state=`. So is what the data set draws for each batch, in this process or in
-        workers. Workers are started anew every epoch, those of `persistent_workers=True` too: nobody can save the
+        workers. New workers are started every epoch, those of `persistent_workers=True` too: nobody can save the
         random streams of older ones.
         """
         stateful = any(loader is each for each in self._extras.values())
@@ -257,7 +257,7 @@ class _Source:
                 load_weights(module, tensors, "a restart's member")
                 copy_from_first(named_tensors(module), self._group)
             if self._average is not None:
-                self._average.begin_anew()
+                self._average.start_over()
         if optimizer == "reset":
             self._optimizer.state.clear()
 

@@ -19,7 +19,7 @@ class GroupRates:
 
     Arguments:
         optimizer: whose groups' `initial_lr`, or else `lr`, count.
-        reference_lr: takes the place of the reference found.
+        reference_lr: used instead of the reference found.
 
     Raises:
         ScheduleError: no group has a rate above 0, or `reference_lr` is not above 0.
@@ -33,7 +33,7 @@ class GroupRates:
         if not 0 < self.reference < math.inf:
             raise ScheduleError(
                 f"reference_lr must be above 0, got {self.reference}: the groups' rates are relative to it. Build the "
-                "optimizer with its usual rates; the schedule sets them from the first update on"
+                "optimizer with its usual rates"
             )
         self._optimizer = optimizer
         self.ratios: list[float] = []
@@ -42,9 +42,9 @@ class GroupRates:
     def extend(self) -> None:
         """Take in the groups that were added to the optimizer since."""
         groups = self._optimizer.param_groups
-        for place, group in enumerate(groups[len(self.ratios) :], len(self.ratios)):
+        for index, group in enumerate(groups[len(self.ratios) :], len(self.ratios)):
             if isinstance(group["lr"], Tensor):
-                if any(group["lr"] is other["lr"] for other in groups[:place]):
+                if any(group["lr"] is other["lr"] for other in groups[:index]):
                     group["lr"] = group["lr"].clone()
                 group.setdefault("initial_lr", group["lr"].clone())
             group.setdefault("initial_lr", group["lr"])  # where schedulers look, and the next run of this optimizer
@@ -92,7 +92,7 @@ class SnapshotLR(LRScheduler):
     Arguments:
         optimizer: any `torch.optim.Optimizer`.
         schedule: such as `snapcore.CosineCycles`; from `schedule.steps` on, its last rate holds.
-        last_epoch: as in every scheduler of PyTorch, −1 to begin.
+        last_epoch: as in every scheduler of PyTorch, −1 to start.
         reference_lr: the rate that the schedule stands for; by default found in the optimizer.
 
     Raises:
@@ -145,7 +145,7 @@ class SnapshotLR(LRScheduler):
         return {**state, "schedule": self._schedule.to_dict(), "ratios": self._rates.ratios[:]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Set the place; the argument is not changed.
+        """Set the position; the argument is not changed.
 
         Raises:
             ScheduleError: the state was saved under another schedule.

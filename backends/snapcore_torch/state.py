@@ -17,7 +17,7 @@ from snapcore.store import Tensors, check_fit, pack, unpack
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 MODEL = "model/"
-"""What the names of the trained weights begin with in a resume point, when others are the members'."""
+"""What the names of the trained weights start with in a resume point, when others are the members'."""
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -58,10 +58,10 @@ class Copy:
         copies: dict[tuple[Any, ...], Tensor] = {}
         self._tensors = {}
         for name, tensor in tensors.items():
-            place = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-            if place not in copies:  # tied weights are copied once
-                copies[place] = tensor.detach().clone()
-            self._tensors[name] = copies[place]
+            memory = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+            if memory not in copies:  # tied weights are copied once
+                copies[memory] = tensor.detach().clone()
+            self._tensors[name] = copies[memory]
         devices = {tensor.device for tensor in self._tensors.values() if tensor.is_cuda}
         self._copied = {device: torch.cuda.current_stream(device).record_event() for device in devices}
 
@@ -112,7 +112,7 @@ def load_weights(module: nn.Module, tensors: Tensors, what: str) -> None:
 def dump_training(
     members: nn.Module, model: nn.Module, optimizer: Optimizer, extras: Mapping[str, Any]
 ) -> tuple[Copy, dict[str, Any]]:
-    """Return a copy of all that training needs to go on, as `load_training` takes it.
+    """Return a copy of all that training needs to resume, as `load_training` takes it.
 
     Arguments:
         members: whose weights become the members; most often `model` itself.
@@ -141,7 +141,7 @@ def load_training(
     tensors: Tensors,
     values: Mapping[str, Any],
 ) -> None:
-    """Go on from what `dump_training` copied.
+    """Resume from what `dump_training` copied.
 
     Raises:
         DataError: names or shapes are not the model's, or the extras are others than those saved.
@@ -169,8 +169,8 @@ def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
         )
     optimizer.load_state_dict(state)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for place, saved in state["state"].items():
-        own = optimizer.state[parameters[place]]
+    for index, saved in state["state"].items():
+        own = optimizer.state[parameters[index]]
         for name, value in saved.items():  # load_state_dict casts moments to the parameter's dtype, which loses bits
             if isinstance(value, Tensor) and own[name].dtype != value.dtype:
                 own[name] = value.to(own[name].device, copy=True)
@@ -199,7 +199,7 @@ def set_generators(generators: Sequence[torch.Generator], state: Mapping[str, An
     states = state["generators"]
     if len(generators) != len(states):
         raise DataError(
-            f"the epoch was begun with {len(states)} generators in the loader, got {len(generators)}: build the "
+            f"the loader had {len(states)} generators when the epoch started, got {len(generators)}: build the "
             "loader as it was then"
         )
     for generator, each in zip(generators, states, strict=True):

@@ -162,7 +162,7 @@ def test_several_optimizers_are_refused_with_advice(tmp_path, several):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_second_optimizer_beside_the_run_is_not_counted_and_goes_on_through_state(tmp_path):
+def test_a_second_optimizer_beside_the_run_is_not_counted_and_resumes_through_state(tmp_path):
     """The advice, followed."""
 
     def train(updates):
@@ -183,7 +183,7 @@ def test_a_second_optimizer_beside_the_run_is_not_counted_and_goes_on_through_st
 
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["float rate", "tensor rate"])
-def test_an_optimizer_step_inside_a_compiled_function_counts_without_compiling_anew(tmp_path, rate, every):
+def test_an_optimizer_step_inside_a_compiled_function_counts_without_compiling_again(tmp_path, rate, every):
     torch._dynamo.reset()
     compiler, model = CompileCounter(), nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
@@ -248,7 +248,7 @@ def test_parameters_added_to_the_optimizer_follow_once_the_run_is_told(tmp_path)
     assert steps(tmp_path) == [4]
 
 
-def test_a_run_with_added_parameters_goes_on_at_their_rates(tmp_path):
+def test_a_run_with_added_parameters_resumes_at_their_rates(tmp_path):
     def train(updates, added):
         body, head = nn.Linear(3, 3), nn.Linear(3, 2)
         model, optimizer = nn.Sequential(body, head), OPTIMIZERS["sgd"](head.parameters())

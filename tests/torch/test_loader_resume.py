@@ -36,35 +36,35 @@ class Augmented(Dataset):
     def __len__(self):
         return EXAMPLES
 
-    def __getitem__(self, place):
+    def __getitem__(self, index):
         noise = torch.rand(3, generator=self.generator) + np.random.rand() + random.random()
-        return self.x[place] + noise
+        return self.x[index] + noise
 
 
 class Itself:
-    """A loader that knows its place and draws its order itself, as stateful data loaders do."""
+    """A loader that keeps its position and draws its order itself, as stateful data loaders do."""
 
     def __init__(self):
-        self.order, self.place, self.epoch = [], 0, -1
+        self.order, self.position, self.epoch = [], 0, -1
 
     def __iter__(self):
-        torch.rand(3)  # whatever it needs to begin
+        torch.rand(3)  # whatever it needs to start
         return self.rest()
 
     def rest(self):
         if not self.order:
             self.epoch += 1
             self.order = np.random.default_rng(self.epoch).permutation(5).tolist()
-        for place in self.order[self.place :]:
-            self.place += 1
-            yield torch.linspace(-1, 1, 60).reshape(5, 4, 3)[place] + torch.rand(1)
-        self.order, self.place = [], 0
+        for index in self.order[self.position :]:
+            self.position += 1
+            yield torch.linspace(-1, 1, 60).reshape(5, 4, 3)[index] + torch.rand(1)
+        self.order, self.position = [], 0
 
     def state_dict(self):
-        return {"order": self.order, "place": self.place, "epoch": self.epoch}
+        return {"order": self.order, "position": self.position, "epoch": self.epoch}
 
     def load_state_dict(self, state):
-        self.order, self.place, self.epoch = state["order"], state["place"], state["epoch"]
+        self.order, self.position, self.epoch = state["order"], state["position"], state["epoch"]
 
 
 class ByEpoch(Sampler):
@@ -101,7 +101,7 @@ HERE = {
     "data set with a generator": lambda: DataLoader(Augmented(generator()), BATCH, shuffle=True),
     "set_epoch": lambda: DataLoader(Augmented(), BATCH, sampler=ByEpoch()),
     "list": lambda: list(torch.linspace(-1, 1, 60).reshape(5, 4, 3)),
-    "knows its place": Itself,
+    "keeps its position": Itself,
 }
 WORKERS = {
     "forked": {},
@@ -203,7 +203,7 @@ def test_stopped_after_an_update_and_started_again(tmp_path, loader, stops):
 @pytest.mark.parametrize("loader", HERE)
 @pytest.mark.parametrize("how", ["an exception", "SIGTERM"])
 def test_stopped_by_something_else(tmp_path, loader, how):
-    """After an exception it goes on from the last cycle's end."""
+    """After an exception it resumes from the last cycle's end."""
     check(tmp_path, HERE[loader], [7, 10], how)
 
 
@@ -223,14 +223,14 @@ def test_stopped_with_a_worker_that_was_spawned(tmp_path, monkeypatch):
         "import random, numpy, torch\n"
         "class Augmented(torch.utils.data.Dataset):\n"
         "    def __len__(self): return 48\n"
-        "    def __getitem__(self, place): return torch.rand(3) + numpy.random.rand() + random.random() + place\n"
+        "    def __getitem__(self, index): return torch.rand(3) + numpy.random.rand() + random.random() + index\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     dataset = importlib.import_module("spawned_dataset").Augmented()
     check(tmp_path, lambda: with_workers(dataset, num_workers=1, multiprocessing_context="spawn"), [7])
 
 
-def test_accumulated_batches_are_passed_over_too(tmp_path):
+def test_accumulated_batches_are_skipped_too(tmp_path):
     check(tmp_path, HERE["shuffled"], [2, 5], accumulate=2)
 
 
@@ -246,5 +246,5 @@ def test_persistent_workers_that_are_there_already_are_left_to_their_owner(tmp_p
 
 def test_a_loader_with_fewer_generators_than_before_is_refused(tmp_path):
     start(tmp_path, HERE["with a generator"], stop_at=3)
-    with pytest.raises(DataError, match="begun with 1 generators in the loader, got 0: build the loader as it was"):
+    with pytest.raises(DataError, match="had 1 generators when the epoch started, got 0: build the loader as it was"):
         start(tmp_path, HERE["shuffled"])

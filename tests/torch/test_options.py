@@ -257,7 +257,7 @@ def test_members_and_scores_are_those_of_the_averages(digits, tmp_path):
     np.testing.assert_allclose(each, np.stack(scored), atol=1e-5)
 
 
-def test_averages_begin_anew_with_a_member_of_fresh_weights(digits, tmp_path):
+def test_averages_start_over_with_a_member_of_fresh_weights(digits, tmp_path):
     """Nothing of the member before is left in them: the second is what it is when trained alone."""
     what = program("independent", lr=0.05, steps=8, cycles=2)
     execute(what, BACKEND, model="mlp", data=digits, directory=tmp_path, seed=5, device="cpu", ema=0.95)
@@ -266,7 +266,7 @@ def test_averages_begin_anew_with_a_member_of_fresh_weights(digits, tmp_path):
     assert same(members(tmp_path)[1], resolved(BACKEND.capture(alone)))
 
 
-def test_a_run_of_ones_own_takes_an_averaged_model_and_goes_on_with_its_count(tmp_path):
+def test_a_run_of_ones_own_takes_an_averaged_model_and_resumes_with_its_count(tmp_path):
     """`weights=ema` gives members with the model's own names, which an ensemble loads."""
 
     def train(directory, updates):

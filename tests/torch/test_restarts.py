@@ -24,7 +24,7 @@ def values(model):
 
 
 def starts(directory, what, model, optimizer, **options):
-    """Train to the end; return the weights that each member's training began with, and its number of moments."""
+    """Train to the end; return the weights that each member's training started with, and its number of moments."""
     found = [(values(model), len(optimizer.state))]
     with SnapshotRun(directory, what, model, optimizer, **options) as run:
         while not run.finished:
@@ -43,22 +43,22 @@ def member(directory, index):
 
 def test_without_a_restart_a_member_starts_from_the_one_before_with_its_momentum(tmp_path):
     model = make()
-    begun = starts(tmp_path / "run", CYCLES, model, sgd(model))
-    assert begun[1:] == [(member(tmp_path / "run", 1), 6), (member(tmp_path / "run", 2), 6)]
+    started = starts(tmp_path / "run", CYCLES, model, sgd(model))
+    assert started[1:] == [(member(tmp_path / "run", 1), 6), (member(tmp_path / "run", 2), 6)]
 
 
 @pytest.mark.parametrize(("moments", "left"), [("keep", 6), ("reset", 0)])
 def test_a_restart_from_the_first_brings_its_weights_and_buffers_back(tmp_path, moments, left):
     """Users ask for the choice to reset the optimizer or to keep it: nobody offers it."""
     model = make()
-    begun = starts(tmp_path / "run", Program("mine", CYCLES, Restart("first", moments)), model, sgd(model))
-    assert begun[1:] == [(member(tmp_path / "run", 1), left)] * 2
+    started = starts(tmp_path / "run", Program("mine", CYCLES, Restart("first", moments)), model, sgd(model))
+    assert started[1:] == [(member(tmp_path / "run", 1), left)] * 2
 
 
 def test_star_restarts_from_the_first_with_new_moments(tmp_path):
     model = make()
-    begun = starts(tmp_path / "run", program("star", lr=0.1, steps=12, cycles=3), model, sgd(model))
-    assert begun[1:] == [(member(tmp_path / "run", 1), 0)] * 2
+    started = starts(tmp_path / "run", program("star", lr=0.1, steps=12, cycles=3), model, sgd(model))
+    assert started[1:] == [(member(tmp_path / "run", 1), 0)] * 2
 
 
 @pytest.mark.parametrize("as_module", [True, False])
@@ -71,8 +71,8 @@ def test_fresh_weights_come_from_init_by_the_members_number(tmp_path, as_module)
 
     model = make()
     what = program("singlecycle", lr=0.1, steps=12, cycles=3)
-    begun = starts(tmp_path / "run", what, model, sgd(model), init=init)
-    assert begun[1:] == [(values(fresh[2]), 0), (values(fresh[3]), 0)]
+    started = starts(tmp_path / "run", what, model, sgd(model), init=init)
+    assert started[1:] == [(values(fresh[2]), 0), (values(fresh[3]), 0)]
     assert asked == [2, 3]
 
 

@@ -83,8 +83,8 @@ def test_a_step_schedule_is_followed_too():
 
 def test_get_lr_depends_on_last_epoch_alone():
     scheduler = SnapshotLR(sgd(), CYCLES)
-    places = random.Random(1).choices(range(30), k=200)
-    assert [pure(scheduler, place) for place in places] == [[CYCLES(place)] for place in places]
+    positions = random.Random(1).choices(range(30), k=200)
+    assert [pure(scheduler, position) for position in positions] == [[CYCLES(position)] for position in positions]
 
 
 def test_it_agrees_with_warm_restarts_in_pytorch_on_2000_random_schedules():
@@ -152,7 +152,7 @@ def saved_and_loaded(state):
 
 
 @pytest.mark.parametrize("schedule", [CYCLES, StepDecay(0.1, 24, snapshots=3)])
-def test_a_saved_state_goes_on_where_it_was(schedule):
+def test_a_saved_state_resumes_where_it_was(schedule):
     """Warm restarts in PyTorch resume wrongly."""
     optimizer = sgd(0.1, 0.02)
     scheduler = SnapshotLR(optimizer, schedule)
