@@ -23,10 +23,10 @@ from snapcore_torch.options import UpdateOptions
 from snapcore_torch.schedule import GroupRates
 from snapcore_torch.state import (
     Copy,
-    dump_training,
     load_training,
     load_weights,
     named_tensors,
+    pack_training,
     random_state,
     set_random_state,
     to_torch,
@@ -145,12 +145,12 @@ class TorchBackend:
         random = state.group.gather(state.random)
         if state.group.rank:
             return Copy({}), {}
-        copy, values = dump_training(*_parts(state))
-        return copy, {"training": values, "random": random}
+        tensors, values = pack_training(*_parts(state))
+        return Copy(tensors), {**values, "random": random}
 
     def load(self, state: TorchState, tensors: Pending | Tensors, values: dict[str, Any]) -> TorchState:
         """Resume from what `dump` returned."""
-        load_training(*_parts(state), resolved(tensors), values["training"])
+        load_training(*_parts(state), {}, resolved(tensors), values)
         if state.group.rank < len(values["random"]):  # a process that was not there before draws from its own seed
             state.random = values["random"][state.group.rank]
         return state

@@ -266,14 +266,23 @@ def test_a_rate_that_is_a_number_stays_one_for_optimizers_that_need_it():
     assert type(optimizer.param_groups[0]["lr"]) is float
 
 
-def test_a_group_added_later_is_refused_until_the_schedule_takes_it_in():
+@pytest.mark.parametrize("asked", [True, False], ids=["with extend()", "by itself"])
+def test_a_group_added_later_is_taken_in_at_its_ratio(asked):
     optimizer = sgd()
     scheduler = SnapshotLR(optimizer, CYCLES)
     optimizer.step()
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.02})
-    with pytest.raises(ScheduleError, match=r"2 parameter groups, the schedule was given 1: call extend\(\)"):
-        scheduler.step()
-    scheduler.extend()
-    scheduler.last_epoch = 0
+    if asked:
+        scheduler.extend()
     scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == [CYCLES(1), CYCLES(1) * (0.02 / 0.1)]
+    assert scheduler.base_lrs == [0.1, 0.02]
+
+
+def test_a_group_that_is_gone_is_refused():
+    optimizer = sgd(None, 0.02)
+    scheduler = SnapshotLR(optimizer, CYCLES)
+    optimizer.step()
+    del optimizer.param_groups[0]
+    with pytest.raises(ScheduleError, match="has 1 parameter groups and had 2: groups cannot be removed"):
+        scheduler.step()
