@@ -7,12 +7,13 @@ taken after the checkpoint are dropped and taken again. Nothing is written twice
 
 import importlib
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from snapcore import Program, ProtocolError, Schedule, SnapcoreError
+from snapcore import Program, ProtocolError, Schedule, SnapcoreError, Snapshot
 from snapcore.protocol import as_program
 from snapcore.run import Position, check_length
 from snapcore_torch.run import FreshWeights, SnapshotRun
@@ -66,6 +67,8 @@ class SnapshotCallback(Callback):
         optimizer: which of the module's optimizers to follow, from 0, if there are several; its own updates count.
         init: for programs with `fresh` restarts: gives a module or a state dict for a member number.
         reference_lr: the rate that the schedule stands for; by default found in the optimizer.
+        on_member: called with each `Snapshot` as it is taken.
+        metrics: called with each `Snapshot`; the numbers that it returns by name are recorded with the member.
 
     Raises:
         ProtocolError: when training starts: there are several optimizers and none was chosen, the optimizer has
@@ -90,11 +93,19 @@ class SnapshotCallback(Callback):
         optimizer: int | None = None,
         init: FreshWeights | None = None,
         reference_lr: float | None = None,
+        on_member: Callable[[Snapshot], object] | None = None,
+        metrics: Callable[[Snapshot], Mapping[str, float] | None] | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.program = as_program(cycles_or_program)
         self._chosen = optimizer
-        self._options: dict[str, Any] = {"resume": resume, "init": init, "reference_lr": reference_lr}
+        self._options: dict[str, Any] = {
+            "resume": resume,
+            "init": init,
+            "reference_lr": reference_lr,
+            "on_member": on_member,
+            "metrics": metrics,
+        }
         self._run: SnapshotRun | None = None
         self._position: Position | None = None
         self._seen = 0

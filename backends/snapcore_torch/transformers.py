@@ -5,7 +5,7 @@ Who owns what: the Trainer's checkpoint holds weights, optimizer, random states 
 resumes at that position: members taken after the checkpoint are dropped and taken again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
         "snapcore_torch.transformers needs transformers: pip install 'snapcore[transformers]'", name="transformers"
     ) from error
 
-from snapcore import Program, ProtocolError, Schedule, program_from_dict
+from snapcore import Program, ProtocolError, Schedule, Snapshot, program_from_dict
 from snapcore.protocol import as_program
 from snapcore.run import Position, check_length
 from snapcore_torch.run import FreshWeights, SnapshotRun
@@ -45,8 +45,10 @@ class SnapshotCallback(TrainerCallback, ExportableState):
         resume: False moves an older run aside when training starts at step 0, which suits a script that is simply
             started again; True refuses. A checkpoint's run is resumed in any case.
         init: for programs with `fresh` restarts: gives a module or a state dict for a member number. The Trainer's
-            `restore_callback_states_from_checkpoint` would lose it; leave that off.
+            `restore_callback_states_from_checkpoint` would lose it and the functions below; leave that off.
         reference_lr: the rate that the schedule stands for; by default the optimizer's.
+        on_member: called with each `Snapshot` as it is taken.
+        metrics: called with each `Snapshot`; the numbers that it returns by name are recorded with the member.
 
     Raises:
         ProtocolError: when training starts: the Trainer has another scheduler, is to do more updates than the program,
@@ -70,11 +72,19 @@ class SnapshotCallback(TrainerCallback, ExportableState):
         resume: bool = True,
         init: FreshWeights | None = None,
         reference_lr: float | None = None,
+        on_member: Callable[[Snapshot], object] | None = None,
+        metrics: Callable[[Snapshot], Mapping[str, float] | None] | None = None,
     ) -> None:
         given = cycles_or_program
         self.directory = Path(directory)
         self.program = program_from_dict(given) if isinstance(given, Mapping) else as_program(given)
-        self._options: dict[str, Any] = {"resume": resume, "init": init, "reference_lr": reference_lr}
+        self._options: dict[str, Any] = {
+            "resume": resume,
+            "init": init,
+            "reference_lr": reference_lr,
+            "on_member": on_member,
+            "metrics": metrics,
+        }
         self._run: SnapshotRun | None = None
         self.position = Position().to_dict()
 
