@@ -248,3 +248,121 @@ def test_a_loader_with_fewer_generators_than_before_is_refused(tmp_path):
     start(tmp_path, HERE["with a generator"], stop_at=3)
     with pytest.raises(DataError, match="had 1 generators when the epoch started, got 0: build the loader as it was"):
         start(tmp_path, HERE["shuffled"])
+
+
+@pytest.mark.parametrize("stops", [[5], [3], [9, 10]], ids=["with an epoch", "within one", "both"])
+def test_epochs_are_counted_on_and_what_follows_each_is_done_once_more_at_most(tmp_path, stops):
+    """Evaluation after every epoch, which draws random numbers, though the run was stopped before it."""
+
+    def train(directory, stop_at=None, *, first=False):
+        scrambled()
+        loader = HERE["shuffled"]()
+        if first:
+            seed_all(loader)
+        model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Linear(8, 2))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        with SnapshotRun(directory, CYCLES, model, optimizer) as run:
+            for epoch, batches in run.epochs(loader):
+                for x in batches:
+                    optimizer.zero_grad()
+                    model(x).square().mean().backward()
+                    optimizer.step()
+                    run.step()
+                    if run.updates == stop_at:
+                        return
+                evaluated.append((epoch, run.updates, torch.rand(1).item()))
+
+    evaluated = []
+    train(tmp_path / "whole", first=True)
+    whole, evaluated = evaluated, []
+    for number, stop_at in enumerate([*stops, None]):
+        train(tmp_path / "parts", stop_at, first=number == 0)
+    assert [each[:2] for each in whole] == [(0, 5), (1, 10), (2, 12)]
+    assert evaluated == whole
+    assert members(tmp_path / "parts") == members(tmp_path / "whole")
+
+
+def test_the_plain_form_resumes_at_the_epoch_after_the_last_one(tmp_path):
+    """`range(run.updates // len(loader), E)`, with an order that is a function of the epoch."""
+
+    def train(directory, epochs):
+        torch.manual_seed(7)
+        model, loader = nn.Linear(3, 2), HERE["set_epoch"]()
+        loader.dataset.__class__ = Plain
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with SnapshotRun(directory, CosineCycles(0.1, 15, 3), model, optimizer) as run:
+            for epoch in range(run.updates // len(loader), epochs):
+                loader.sampler.set_epoch(epoch)
+                for x in loader:
+                    optimizer.zero_grad()
+                    model(x).square().mean().backward()
+                    optimizer.step()
+                    run.step()
+
+    train(tmp_path / "whole", 3)
+    train(tmp_path / "parts", 2)
+    train(tmp_path / "parts", 3)
+    assert members(tmp_path / "parts") == members(tmp_path / "whole")
+
+
+class Plain(Augmented):
+    def __getitem__(self, index):
+        return self.x[index]
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 4])
+def test_micro_batches_left_over_at_an_epochs_end_are_given_again(tmp_path, stop_at):
+    """Five batches to the epoch and three to the update: gradients reach into the next epoch."""
+    check(tmp_path, HERE["shuffled"], [stop_at], accumulate=3)
+
+
+class Noted:
+    """Whatever a loader is made of: it notes the epoch that it is told of, and shuffles by it."""
+
+    def __init__(self):
+        self.epoch, self.heard = 0, []
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+        self.heard.append(epoch)
+
+    def __iter__(self):
+        order = np.random.default_rng(self.epoch).permutation(EXAMPLES).reshape(5, BATCH)
+        return iter(order.tolist())
+
+
+class Wrapped:
+    """A loader around another, as libraries have them."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_batch_sampler_is_told_the_epoch_however_deep_its_loader_is_wrapped(tmp_path, depth):
+    def make():
+        loader = DataLoader(Augmented(), batch_sampler=Noted())
+        for _ in range(depth):
+            loader = Wrapped(loader)
+        return loader
+
+    check(tmp_path, make, [3, 7])
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_generator_is_found_however_deep_its_loader_is_wrapped(tmp_path, depth):
+    shared = []
+
+    def make():
+        loader = DataLoader(Augmented(), BATCH, shuffle=True, generator=generator())
+        shared.append(loader.generator)
+        if len(shared) in (1, 2):  # the whole run's and the first part's
+            loader.generator.manual_seed(5)
+        for _ in range(depth):
+            loader = Wrapped(loader)
+        return loader
+
+    check(tmp_path, make, [3, 7])
