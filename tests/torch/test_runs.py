@@ -27,9 +27,10 @@ def by_hand(model):
 
 
 def test_the_optimizer_has_the_first_rate_before_the_first_update(tmp_path):
-    optimizer = sgd(nn.Linear(3, 2), lr=0.1)
+    model = nn.Linear(3, 2)
+    optimizer = sgd(model, lr=0.1)
     warm = CosineCycles(0.1, 12, 2, warmup_steps=4)
-    with SnapshotRun(tmp_path / "run", warm, nn.Linear(3, 2), optimizer) as run:
+    with SnapshotRun(tmp_path / "run", warm, model, optimizer) as run:
         assert optimizer.param_groups[0]["lr"] == warm(0) == run.lr == pytest.approx(0.02)
 
 

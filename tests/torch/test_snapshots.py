@@ -104,7 +104,7 @@ def test_parts_of_one_storage_are_not_taken_for_each_other():
     }
 
 
-def test_weights_in_another_memory_order_are_stored_in_their_own_place(tmp_path):
+def test_weights_in_another_memory_order_are_stored_in_c_order(tmp_path):
     model = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
     optimizer = sgd(model)
     with SnapshotRun(tmp_path / "run", CosineCycles(0.1, 1, 1), model, optimizer) as run:
@@ -147,10 +147,10 @@ def test_a_state_that_is_no_tensor_is_refused_before_anything_is_written(tmp_pat
 
 def test_weights_go_back_into_the_tensors_that_the_optimizer_holds():
     model, arrays = normalised(), Copy(named_tensors(normalised())).resolve()
-    places = [tensor.data_ptr() for tensor in model.state_dict().values()]
+    addresses = [tensor.data_ptr() for tensor in model.state_dict().values()]
     load_weights(model, arrays, "the member")
     assert by_hand(model) == {name: array.tobytes() for name, array in arrays.items()}
-    assert [tensor.data_ptr() for tensor in model.state_dict().values()] == places
+    assert [tensor.data_ptr() for tensor in model.state_dict().values()] == addresses
 
 
 def test_weights_of_another_model_are_refused_with_a_list_of_what_differs():
