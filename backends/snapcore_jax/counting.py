@@ -50,9 +50,8 @@ def with_new_moments(optimizer: Optimizer, variables: Any, rest: Any) -> Any:
         if sum(map(is_state, nodes)) == 1:
             return jax.tree.unflatten(structure, [_carried(fresh, each) if is_state(each) else each for each in nodes])
     raise ProtocolError(
-        "the state that optimizer= makes must be in `rest` once, with the same structure and shapes: pass the "
-        "transformation that made it, or a function from variables to a new state, such as "
-        "lambda model: nnx.Optimizer(model, tx, wrt=nnx.Param)"
+        "the state that optimizer= makes must be in `rest` once, with its shapes: pass the transformation that made "
+        "it, or a function such as lambda model: nnx.Optimizer(model, tx, wrt=nnx.Param)"
     )
 
 
@@ -79,7 +78,7 @@ def _is_counting(node: Any) -> bool:
 
 def _is_module(node: Any) -> bool:
     nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(node, nnx.Pytree)  # taken apart and made anew, it would not share any more
+    return nnx is not None and isinstance(node, nnx.Pytree)  # split and merged on its own, it would not share any more
 
 
 def _fresh_states(optimizer: Optimizer, variables: Any) -> Iterator[Any]:
@@ -103,7 +102,7 @@ def _shapes(tree: Any) -> list[tuple[int, ...]]:
 
 
 def _carried(fresh: Any, old: Any) -> Any:
-    """Return the new state with the old one's counts and rates, placed as the old one was."""
+    """Return the new state with the old one's counts and rates, on the old one's devices."""
 
     def carry(new: Any, before: Any) -> Any:
         if isinstance(new, optax.ScaleByScheduleState):

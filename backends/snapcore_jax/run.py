@@ -1,4 +1,4 @@
-"""A run for a training loop of your own: it counts, takes the snapshots, and goes on after a kill."""
+"""A run for a training loop of your own: it counts, takes the snapshots, and resumes after a kill."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -25,9 +25,9 @@ _MISSING: Any = object()
 
 
 class SnapshotRun:
-    """Take snapshots from a training loop of your own, and go on after a kill.
+    """Take snapshots from a training loop of your own, and resume after a kill.
 
-    JAX's values do not change, so the loop hands them over and goes on with what it gets back: most often the same,
+    JAX's values do not change, so the loop hands them over and uses what it gets back: most often the same values,
     after a restart others. A snapshot is a copy made on the device before `step` returns, so updates may be given
     (donated) all that they were given before. The rate is the optimizer's own: build it with `snapshot_schedule`.
 
@@ -39,7 +39,7 @@ class SnapshotRun:
     Arguments:
         directory: the run's own; created. In several processes, one that all of them see.
         cycles_or_program: a schedule, or a program from `snapcore.program`.
-        resume: go on with an unfinished run that is there; False moves any run aside.
+        resume: resume an unfinished run that is there; False moves any run aside.
         resume_every: updates between two resume points, beside those at every cycle's end.
         init: for programs with `fresh` restarts: gives variables for a member number.
         optimizer: for programs that reset the optimizer: the `optax.GradientTransformation`, or a function from
@@ -116,12 +116,12 @@ class SnapshotRun:
     @overload
     def start(self, variables: Variables, rest: Rest) -> tuple[Variables, Rest]: ...
     def start(self, variables: Any, rest: Any = _MISSING) -> Any:
-        """Return what to begin with: what is given, or what was saved if there is something to go on with.
+        """Return what to begin with: what is given, or what was saved if there is a run to resume.
 
         Arguments:
             variables: all that the forward pass needs, as any tree: Flax NNX modules and states, Linen variables,
                 Equinox modules, dictionaries. Random keys in it are saved, but are no part of a member.
-            rest: the optimizer's state, random keys, and whatever else the loop goes on with. Without it members are
+            rest: the optimizer's state, random keys, and whatever else the loop carries. Without it members are
                 taken as ever, but the run cannot be resumed.
 
         Returns:
@@ -145,7 +145,7 @@ class SnapshotRun:
     @overload
     def step(self, variables: Variables, rest: Rest) -> tuple[Variables, Rest]: ...
     def step(self, variables: Any, rest: Any = _MISSING) -> Any:
-        """Record the update just done, take what is due, and return what to go on with.
+        """Record the update just done, take what is due, and return what to continue with.
 
         Arguments:
             variables: as the update returned them.
@@ -174,7 +174,7 @@ class SnapshotRun:
         return held
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the loader's batches, epoch after epoch, until the program stops; after a resume, go on where it was.
+        """Yield the loader's batches, epoch after epoch, until the program stops; after a resume, from where it was.
 
         The order is exact if it depends on the random states of NumPy or Python, on a sampler's `set_epoch`, or on
         nothing.

@@ -1,4 +1,4 @@
-"""A tree's arrays on their way to the host, and all that training needs to go on."""
+"""A tree's arrays on their way to the host, and all that training needs to resume."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,11 +36,12 @@ class Copy:
 
     def resolve(self) -> dict[str, NDArray[Any]]:
         """Return the copy as host arrays that own their memory; bfloat16 as ml_dtypes' own, keys as their data."""
-        return {name: _owned(np.asarray(value)) for name, value in self._tensors.items()}
+        arrays = {name: np.asarray(value) for name, value in self._tensors.items()}
+        return {name: array if array.flags.owndata else array.copy() for name, array in arrays.items()}
 
 
 def dump_training(variables: Any, rest: Any = ()) -> Copy:
-    """Return a copy of all that training needs to go on, as `load_training` takes it.
+    """Return a copy of all that training needs to resume, as `load_training` takes it.
 
     Arguments:
         variables: whose arrays, but for random keys, become the members.
@@ -72,13 +73,13 @@ def _local(value: Any) -> Any:
 
 def _duplicated(tensors: dict[str, Any]) -> dict[str, Any]:
     """Copy what lies on the same devices in one call; two in one call would be moved together."""
-    places: dict[Any, list[str]] = {}
+    together: dict[Any, list[str]] = {}
     for name, value in tensors.items():
         if isinstance(value, jax.Array):
-            places.setdefault(frozenset(value.devices()), []).append(name)
+            together.setdefault(frozenset(value.devices()), []).append(name)
     copies = {
         name: copied
-        for names in places.values()
+        for names in together.values()
         for name, copied in zip(names, _copies([tensors[name] for name in names]), strict=True)
     }
     return {name: copies.get(name, value) for name, value in tensors.items()}
@@ -87,10 +88,6 @@ def _duplicated(tensors: dict[str, Any]) -> dict[str, Any]:
 @jax.jit
 def _copies(arrays: list[jax.Array]) -> list[jax.Array]:
     return [jnp.copy(array) for array in arrays]
-
-
-def _owned(array: NDArray[Any]) -> NDArray[Any]:
-    return array if array.flags.owndata else array.copy()
 
 
 def _prefixed(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ OPTIMIZERS = {
     ],
 )
 def test_killed_after_any_call_and_started_again_the_members_are_the_same_bits(tmp_path, name, numbers, every):
-    """Nobody else can go on with a run exactly: the users who ask are told to start again."""
+    """Nobody else can resume a run exactly: the users who ask are advised to start again."""
     tx, calls = OPTIMIZERS[name]
     update = killed_loop.make_update(tx)
     np.random.seed(0)
@@ -83,7 +83,7 @@ def test_killed_after_any_call_and_started_again_the_members_are_the_same_bits(t
 
 
 @pytest.mark.parametrize("method", ["star", "singlecycle"])
-def test_a_program_with_restarts_goes_on_too(tmp_path, method):
+def test_a_program_with_restarts_resumes_too(tmp_path, method):
     what = program(method, lr=0.1, steps=12, cycles=3)
     tx = OPTIMIZERS["adam"][0]
     options = {"optimizer": tx, "init": lambda number: {"b": jnp.full(2, number / 10), "w": jnp.ones((3, 2)) * number}}
@@ -100,7 +100,7 @@ def test_a_program_with_restarts_goes_on_too(tmp_path, method):
 
 
 @pytest.mark.parametrize("unused", [0, 1])
-def test_a_run_left_early_goes_on_from_that_very_update(tmp_path, unused):
+def test_a_run_left_early_resumes_from_that_very_update(tmp_path, unused):
     """A batch that was taken, and left without an update, is given again."""
     tx = OPTIMIZERS["adam"][0]
     update = killed_loop.make_update(tx)
@@ -121,19 +121,19 @@ def test_a_run_left_early_goes_on_from_that_very_update(tmp_path, unused):
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
-def test_sigterm_writes_a_resume_point_and_no_member_and_the_run_goes_on_from_there(tmp_path):
+def test_sigterm_writes_a_resume_point_and_no_member_and_the_run_resumes_from_there(tmp_path):
     tx = OPTIMIZERS["adam"][0]
     update = killed_loop.make_update(tx)
     np.random.seed(0)
     train(tmp_path / "whole", tx, update)
 
-    def told(call):
+    def terminated(call):
         if call == 9:
             os.kill(os.getpid(), signal.SIGTERM)
 
     np.random.seed(0)
     with pytest.raises(SystemExit) as left:
-        train(tmp_path / "run", tx, update, after_call=told)
+        train(tmp_path / "run", tx, update, after_call=terminated)
     assert left.value.code == 143
     assert [member.step for member in SnapshotStore(tmp_path / "run").members] == [4, 8]
     np.random.seed(99)
@@ -142,7 +142,7 @@ def test_sigterm_writes_a_resume_point_and_no_member_and_the_run_goes_on_from_th
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
-def test_a_process_that_is_really_killed_goes_on_in_another(tmp_path, name):
+def test_a_process_that_is_really_killed_resumes_in_another(tmp_path, name):
     def start(directory, *arguments):
         log = tmp_path / f"{directory} {len(arguments)}"
         return Forked(SCRIPT, tmp_path / directory, *arguments, log=log, strict=True, OMP_NUM_THREADS="1")
@@ -155,7 +155,7 @@ def test_a_process_that_is_really_killed_goes_on_in_another(tmp_path, name):
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
-def test_an_nnx_model_with_dropout_and_batch_statistics_goes_on_exactly(tmp_path):
+def test_an_nnx_model_with_dropout_and_batch_statistics_resumes_exactly(tmp_path):
     class Model(nnx.Module):
         def __init__(self, rngs):
             self.linear = nnx.Linear(3, 4, rngs=rngs)
@@ -208,12 +208,12 @@ def test_an_unfinished_run_is_not_begun_anew_by_a_loop_that_does_not_start(tmp_p
 def test_another_optimizer_or_model_than_before_is_refused_by_name(tmp_path):
     leave(tmp_path / "run")
     params, rest = killed_loop.begin(optax.sgd(RATE))
-    told = r"the resume point does not fit the model .*'0/0/mu/b' \(2,\) is not in the model"
-    with SnapshotRun(tmp_path / "run", CYCLES) as run, pytest.raises(DataError, match=told):
+    refused = r"the resume point does not fit the model .*'0/0/mu/b' \(2,\) is not in the model"
+    with SnapshotRun(tmp_path / "run", CYCLES) as run, pytest.raises(DataError, match=refused):
         run.start(params, rest)
     params, rest = killed_loop.begin(OPTIMIZERS["adam"][0])
-    told = r"the resume point does not fit the model .*'w' \(3, 2\) is not in the model"
-    with SnapshotRun(tmp_path / "run", CYCLES) as run, pytest.raises(DataError, match=told):
+    refused = r"the resume point does not fit the model .*'w' \(3, 2\) is not in the model"
+    with SnapshotRun(tmp_path / "run", CYCLES) as run, pytest.raises(DataError, match=refused):
         run.start({"b": params["b"]}, rest)
     with SnapshotRun(tmp_path / "run", CYCLES) as run, pytest.raises(DataError, match="the resume point"):
         run.start(params)

@@ -146,8 +146,8 @@ def test_a_late_call_is_warned_of_and_recorded_with_the_true_step(tmp_path):
             params, state = run.step(*update(tx, params, state, gradients()))
         for _ in range(3):
             params, state = update(tx, params, state, gradients())
-        told = "member 1 was due after update 4 and is taken 2 updates late"
-        with pytest.warns(CycleWarning, match=told) as caught:
+        warned = "member 1 was due after update 4 and is taken 2 updates late"
+        with pytest.warns(CycleWarning, match=warned) as caught:
             run.step(params, state)
         assert caught[0].filename == __file__
     (member,) = SnapshotStore(tmp_path / "run").members
@@ -207,7 +207,7 @@ def test_batches_come_epoch_after_epoch_until_the_program_stops(tmp_path, tx, le
         for batch in run.batches(range(length)):
             seen.append(batch)
             params, state = run.step(*update(tx, params, state, gradients()))
-    assert seen == [place % length for place in range(12)]
+    assert seen == [index % length for index in range(12)]
 
 
 def test_batches_of_a_loop_that_never_records_an_update_end_in_an_error(tmp_path):
@@ -294,7 +294,7 @@ def test_leaving_early_says_how_far_it_came_and_keeps_a_resume_point(tmp_path, c
     assert "left after 7 of 12 updates; it resumes after update 7" in caplog.text
 
 
-def test_leaving_between_an_update_and_its_step_goes_on_after_the_member_before(tmp_path, caplog):
+def test_leaving_between_an_update_and_its_step_resumes_after_the_member_before(tmp_path, caplog):
     donating = jax.jit(lambda params, state: update(COUNTING["sgd"], params, state, gradients()), donate_argnums=(0, 1))
     params = jax.tree.map(jnp.copy, PARAMS)
     with caplog.at_level(logging.WARNING, "snapcore"), SnapshotRun(tmp_path / "run", CYCLES) as run:
