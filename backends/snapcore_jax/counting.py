@@ -48,7 +48,9 @@ def with_new_moments(optimizer: Optimizer, variables: Any, rest: Any) -> Any:
         is_state = _like(fresh)
         nodes, structure = jax.tree.flatten(rest, is_leaf=lambda node: _is_module(node) or is_state(node))  # noqa: B023
         if sum(map(is_state, nodes)) == 1:
-            return jax.tree.unflatten(structure, [_carried(fresh, each) if is_state(each) else each for each in nodes])
+            return jax.tree.unflatten(
+                structure, [_carried_over(fresh, each) if is_state(each) else each for each in nodes]
+            )
     raise ProtocolError(
         "the state that optimizer= makes must be in `rest` once, with its shapes: pass the transformation that made "
         "it, or a function such as lambda model: nnx.Optimizer(model, tx, wrt=nnx.Param)"
@@ -99,6 +101,15 @@ def _like(state: Any) -> Callable[[Any], bool]:
 
 def _shapes(tree: Any) -> list[tuple[int, ...]]:
     return [jnp.shape(leaf) for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+
+
+def _carried_over(fresh: Any, old: Any) -> Any:
+    carried = _carried(fresh, old)
+    if not _is_module(fresh):
+        return carried
+    nnx = sys.modules["flax.nnx"]
+    nnx.update(fresh, nnx.state(carried))  # in place: it may refer to the very model that it was made for
+    return fresh
 
 
 def _carried(fresh: Any, old: Any) -> Any:

@@ -13,7 +13,7 @@ from snapcore.store import Tensors, read_point
 from snapcore_jax.counting import Optimizer, read_count, with_new_moments
 from snapcore_jax.distributed import own_group
 from snapcore_jax.donation import donated, refuse_unusable
-from snapcore_jax.state import Copy, dump_training, load_training, named_leaves, with_leaves
+from snapcore_jax.state import Copy, dump_training, load_training, named_leaves, with_parts
 
 Batch = TypeVar("Batch")
 Variables = TypeVar("Variables")
@@ -280,7 +280,9 @@ class SnapshotRun:
         def restore(self, tensors: Tensors | None, *, optimizer: OptimizerState) -> None:
             run = self._run
             if tensors is not None:
-                run._variables = with_leaves(run._variables, tensors, "a restart's member", random=False)
+                parts = run._variables, run._rest_or_nothing()
+                run._variables, rest = with_parts(parts, (tensors, None), "a restart's member", random=False)
+                run._rest = rest if run._resumable else _MISSING
             if optimizer == "reset":
                 run._rest = with_new_moments(run._optimizer, run._variables, run._rest)
 

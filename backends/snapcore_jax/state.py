@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from snapcore.run import WEIGHTS
 from snapcore.store import Tensors
 from snapcore_jax.distributed import whole
-from snapcore_jax.trees import is_key, named_leaves, with_leaves
+from snapcore_jax.trees import is_key, named_leaves, named_parts, with_leaves, with_parts
 
-__all__ = ["Copy", "dump_training", "load_training", "named_leaves", "with_leaves"]
+__all__ = ["Copy", "dump_training", "load_training", "named_leaves", "with_leaves", "with_parts"]
 
 REST = "rest/"
 """What the names of everything but the weights begin with in a resume point: moments, counts, random keys."""
@@ -47,19 +47,21 @@ def dump_training(variables: Any, rest: Any = ()) -> Copy:
         variables: whose arrays, but for random keys, become the members.
         rest: optimizer state, keys, anything else.
     """
+    own, others = named_parts(variables, rest)
     weights = named_leaves(variables, random=False)
-    keys = {name: value for name, value in named_leaves(variables).items() if name not in weights}
-    return Copy(_prefixed(WEIGHTS, weights) | _prefixed(_RANDOM, keys) | _prefixed(_OTHERS, named_leaves(rest)))
+    keys = {name: value for name, value in own.items() if name not in weights}
+    return Copy(_prefixed(WEIGHTS, weights) | _prefixed(_RANDOM, keys) | _prefixed(_OTHERS, others))
 
 
 def load_training(variables: Any, rest: Any, tensors: Tensors, what: str = "the resume point") -> tuple[Any, Any]:
-    """Return variables and rest like those given, with what `dump_training` copied.
+    """Return variables and rest like those given, with what `dump_training` copied; references stay shared.
 
     Raises:
         DataError: names or shapes are not those of `variables` and `rest`.
     """
     saved = _part(tensors, WEIGHTS) | _part(tensors, _RANDOM)
-    return with_leaves(variables, saved, what), with_leaves(rest, _part(tensors, _OTHERS), what)
+    new_variables, new_rest = with_parts((variables, rest), (saved, _part(tensors, _OTHERS)), what)
+    return new_variables, new_rest
 
 
 def _local(value: Any) -> Any:

@@ -139,7 +139,7 @@ def test_an_array_that_was_donated_is_refused_with_the_rule_and_the_cure(tmp_pat
             old, (params, state) = params, UPDATE[True](params, state, jnp.array(step))
             if step + 1 < at:
                 params, state = run.step(params, state)
-        refused = r"'variables/b' was donated to an update and is gone: after donate_argnums, give run\.step what the update"
+        refused = r"'variables/b' was donated to an update and is gone: after donate_argnums, give run\.step what"
         with pytest.raises(ProtocolError, match=refused):
             run.step(old, state)
     assert SnapshotStore(tmp_path / "run").members == ()
