@@ -294,6 +294,9 @@ class SnapshotRun:
             run = self._run
             run._variables, run._rest = load_training(run._variables, run._rest_or_nothing(), tensors)
 
+        def settings(self) -> dict[str, Any]:
+            return {}
+
         def random_state(self) -> None:
             """Nothing: JAX's keys are among the arrays."""
 

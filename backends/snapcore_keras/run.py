@@ -156,6 +156,9 @@ class _Source:
         with self._scope():
             load_training(self._model, self._optimizer, tensors)
 
+    def settings(self) -> dict[str, Any]:
+        return {}
+
     def random_state(self) -> dict[str, Any] | None:
         return random_state()
 

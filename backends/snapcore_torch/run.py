@@ -268,6 +268,9 @@ class _Source:
     def load(self, tensors: Tensors, values: dict[str, Any]) -> None:
         load_training(self._members, self._model, self._optimizer, self._extras, tensors, values)
 
+    def settings(self) -> dict[str, Any]:
+        return {}
+
     def random_state(self) -> dict[str, Any]:
         return random_state(self._generators or ())
 

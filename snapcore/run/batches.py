@@ -8,6 +8,9 @@ from snapcore.protocol import Cursor
 
 Batch = TypeVar("Batch")
 
+_INNER = ("sampler", "batch_sampler", "dataset", "base_dataloader", "dataloader", "loader", "_loader")
+_END: Any = object()
+
 
 class Epochs:
     """Walk a loader until a cursor stops.
@@ -20,15 +23,23 @@ class Epochs:
         cursor: says when to stop.
         random_state: gives all random states as plain JSON.
         set_random_state: takes them back.
+        on_ask: called whenever the loop asks for its next batch, before that is drawn: what the loop did after its last
+            update, such as an evaluation, is done by then.
     """
 
     def __init__(
-        self, cursor: Cursor, random_state: Callable[[], Any], set_random_state: Callable[[Any], None]
+        self,
+        cursor: Cursor,
+        random_state: Callable[[], Any],
+        set_random_state: Callable[[Any], None],
+        on_ask: Callable[[], None] = lambda: None,
     ) -> None:
-        self._cursor = cursor
+        self._cursor, self._on_ask = cursor, on_ask
         self._random_state, self._set_random_state = random_state, set_random_state
-        self._position: dict[str, Any] = {"epoch": 0, "batches": 0, "random": None}
-        self._given = 0
+        self._position: dict[str, Any] = {"epoch": 0, "batches": 0, "random": None}  # after the last batch used
+        self._epoch, self._random, self._given = 0, None, 0  # where the loop is
+        self._micro = False
+        self._asked: Any = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as plain JSON: that after the last batch used."""
@@ -37,54 +48,106 @@ class Epochs:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set the position; the next `walk` begins there."""
         self._position = dict(state)
-        self._given = self._position["batches"]
+        self._epoch, self._random, self._given = state["epoch"], state["random"], state["batches"]
 
     def settle(self) -> None:
         """Count the batches given so far as used; called at every update."""
-        self._position["batches"] = self._given
+        self._position = {"epoch": self._epoch, "batches": self._given, "random": self._random}
+        self._asked = None
+
+    @property
+    def random_when_asked(self) -> Any:
+        """The random states with which a batch was asked for that no update was made of yet; None if there is none.
+
+        They are kept only in loops of several batches for an update, which draw in between.
+        """
+        return self._asked if self._unused else None
 
     def walk(self, loader: Iterable[Batch], *, stateful: bool = False) -> Iterator[Batch]:
-        """Yield the batches of `loader`, epoch after epoch, until the cursor stops.
+        """Yield the batches of `loader`, epoch after epoch, until the cursor stops. See `epochs`."""
+        for _, batches in self.epochs(loader, stateful=stateful):
+            yield from batches
+
+    def epochs(self, loader: Iterable[Batch], *, stateful: bool = False) -> Iterator[tuple[int, Iterator[Batch]]]:
+        """Yield each epoch's number, from 0, and its batches, until the cursor stops.
+
+        After a resume the first is the epoch that was under way, with the batches that are left of it. If the run was
+        stopped after its last update, none is left, and what a loop does at the end of an epoch is done then.
 
         Arguments:
-            loader: may be walked again every epoch; its sampler's `set_epoch` is called if it has one.
+            loader: may be walked again every epoch. `set_epoch` is called where there is one: on the loader, its
+                sampler, batch sampler or data set, and on those of a loader that it wraps.
             stateful: whether the loader's own state says where it is, so that nothing is skipped.
 
         Raises:
             ProtocolError: the loader is empty, or a whole epoch passed without an update being recorded.
         """
+        self.load_state_dict(self._position)  # what an earlier walk has given and nobody used is given again
         while not self._cursor.finished:
-            before, first = self._cursor.step, self._position["batches"]
-            self._given = first
-            for batch in self._epoch(loader, stateful):
-                self._given += 1
-                yield batch
-                if self._cursor.finished:
-                    return
+            before, first = self._cursor.step, self._given
+            yield self._epoch, self._batches(loader, stateful)
+            if self._cursor.finished:
+                return
             if self._given == 0:
                 raise ProtocolError("the loader gave no batch: it must be one that can be walked again every epoch")
             if self._cursor.step == before and first == 0:
                 raise ProtocolError(f"no update in {self._given} batches: call run.step() after every optimizer step")
-            self._position = {"epoch": self._position["epoch"] + 1, "batches": 0, "random": None}
+            all_used = not self._unused
+            self._epoch, self._random, self._given = self._epoch + 1, None, 0
+            if all_used:  # else those that are left are given again, and then the next epoch
+                self._position = {"epoch": self._epoch, "batches": 0, "random": None}
 
-    def _epoch(self, loader: Iterable[Batch], stateful: bool) -> Iterator[Batch]:
-        set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(self._position["epoch"])
-        now, begin = self._random_state(), self._position["random"]
+    @property
+    def _unused(self) -> bool:
+        return (self._position["epoch"], self._position["batches"]) != (self._epoch, self._given)
+
+    def _batches(self, loader: Iterable[Batch], stateful: bool) -> Iterator[Batch]:
+        self._ask()
+        batches = self._begin(loader, stateful)
+        while (batch := next(batches, _END)) is not _END:
+            self._given += 1
+            try:
+                yield batch
+            except GeneratorExit:  # the loop breaks, and is as it would be when it asks for the next
+                self._ask()
+                raise
+            if self._cursor.finished:
+                return
+            self._ask()
+
+    def _ask(self) -> None:
+        self._on_ask()
+        if self._unused:
+            self._micro = True
+        elif self._micro and self._asked is None:
+            self._asked = self._random_state()
+
+    def _begin(self, loader: Iterable[Batch], stateful: bool) -> Iterator[Batch]:
+        for each in with_epochs(loader):
+            each.set_epoch(self._epoch)
+        now, begin = self._random_state(), self._random
         if begin is None:
-            self._position["random"] = now
-        if begin is None:
+            self._random = now
+            if not self._unused:
+                self._position["random"] = now
             return iter(loader)
         if not stateful:
             self._set_random_state(begin)
         batches = iter(loader)
-        if self._position["batches"]:  # at the very first one there is no later moment than this
+        if self._given:  # at the very first one there is no later moment than this
             if not stateful:
-                self._pass_over(batches)
+                for _ in range(self._given):
+                    next(batches, None)
             self._set_random_state(now)
         return batches
 
-    def _pass_over(self, batches: Iterator[Any]) -> None:
-        for _ in range(self._position["batches"]):
-            next(batches, None)
+
+def with_epochs(loader: object, depth: int = 4) -> list[Any]:
+    """Return what must be told the number of an epoch before it begins: a loader and its parts with `set_epoch`."""
+    found: list[Any] = [loader] if callable(getattr(loader, "set_epoch", None)) else []
+    if depth:
+        for name in _INNER:
+            inner = getattr(loader, name, None)
+            if inner is not None and inner is not loader:
+                found += [each for each in with_epochs(inner, depth - 1) if not any(each is known for known in found)]
+    return found

@@ -95,6 +95,10 @@ class CountedRun:
         """Yield the loader's batches until the program stops; the run is brought up to date after every epoch."""
         return self.recorder.batches(_UpToDate(loader, self._catch_up))
 
+    def epochs_of(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Iterator[Batch]]]:
+        """Yield (epoch, its batches) until the program stops; the run is brought up to date after every epoch."""
+        return self.recorder.epochs_of(_UpToDate(loader, self._catch_up))
+
     def finish(self, reason: str) -> None:
         """End early, with an unfinished member if an update was done since the last one."""
         self._catch_up_at_end()
@@ -168,9 +172,8 @@ class _UpToDate(Generic[Batch]):
     """A loader that has the run brought up to date whenever it has been walked through."""
 
     def __init__(self, loader: Iterable[Batch], catch_up: Callable[[], None]) -> None:
-        self._loader, self._catch_up = loader, catch_up
-        self.sampler = getattr(loader, "sampler", None)  # its `set_epoch` is called if it has one
+        self.loader, self._catch_up = loader, catch_up  # `loader`: where its `set_epoch` is looked for
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from self._loader
+        yield from self.loader
         self._catch_up()

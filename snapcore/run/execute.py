@@ -109,6 +109,9 @@ class _Managed(Generic[State]):
     def load(self, tensors: Tensors, values: dict[str, Any]) -> None:
         self.state = self._backend.load(self.state, tensors, values)
 
+    def settings(self) -> dict[str, Any]:
+        return {}
+
     def random_state(self) -> None:
         """Nothing: a backend's dump holds its own."""
 

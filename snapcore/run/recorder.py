@@ -8,6 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, TypeVar
@@ -37,6 +38,7 @@ from snapcore.schedule import Schedule
 from snapcore.store import SnapshotStore, Tensors
 
 Batch = TypeVar("Batch")
+Result = TypeVar("Result")
 Measure = Callable[[Snapshot], Mapping[str, float] | None]
 
 AGREE_EVERY = 50
@@ -72,6 +74,10 @@ class Source(Protocol):
         """Resume from what `dump` returned."""
         ...
 
+    def settings(self) -> Mapping[str, str | float | bool | None]:
+        """Return what a resume is to compare, and `load` sets back: `optimizer` (its class), its rate-less settings."""
+        ...
+
     def random_state(self) -> Any:
         """Return the framework's own random states as plain JSON."""
         ...
@@ -94,7 +100,9 @@ class Recorder:
         before_point: called before every resume point, to bring what belongs to it up to date.
         group: the processes that train together; number 0 writes, and all must see its directory.
         at: where a trainer that keeps checkpoints of its own starts or resumes, from `position`. Resume points and
-            SIGTERM are left to it. Members taken after that are forgotten, to be taken again.
+            signals are left to it. Members taken after that are forgotten, to be taken again.
+        on_member: called with each snapshot as it is taken.
+        metrics: gives what to record with a member; called with its snapshot.
 
     Raises:
         ProtocolError: the program needs fresh weights, and the source has none to give.
@@ -115,19 +123,25 @@ class Recorder:
         before_point: Callable[[], None] | None = None,
         group: Group | None = None,
         at: Position | None = None,
+        on_member: Callable[[Snapshot], object] | None = None,
+        metrics: Measure | None = None,
     ) -> None:
         self.program = as_program(schedule_or_program)
         if resume_every is not None and resume_every < 1:
             raise ProtocolError(f"resume_every counts updates, 1 or more; got {resume_every}")
         require_fresh(self.program, source.fresh)
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()  # once: a loop may change the working directory
+        self._name = str(directory)
         self.cursor = Cursor(self.program)
-        self.epochs = Epochs(self.cursor, self._random_state, self._set_random_state)
+        self.epochs = Epochs(self.cursor, self._random_state, self._set_random_state, self._batch_is_asked_for)
         self._source, self._framework, self._every = source, framework, resume_every
         self._before_point, self._group, self._at = before_point, group or Alone(), at
         self._agrees = self._group.size > 1 and at is None
-        self._closed = False
+        self._on_member, self._metrics = on_member, metrics
+        self._closed = self._rate_differs = False
+        self._rehearsed = False
         self._point_at = 0
+        self._point_random: Any = None  # of the newest point, until an update follows it
         self._saving = Saving(self._open(resume), self.directory, framework)
         self._sigterm = SigtermHandler(listen=at is None)
 
@@ -144,8 +158,10 @@ class Recorder:
             return self._start_at(self._at)
         resumed = read_resumed(self.directory)
         if resumed is None:
+            self._rehearse(before_training=True)
             return ()
         tensors, state = resumed
+        differing = self._compare_settings(state.get("settings", {}))
         self.cursor.load_state_dict(state["place"])
         self._point_at = self.cursor.step
         self._source.load(tensors, state["values"])
@@ -153,21 +169,32 @@ class Recorder:
         own = processes[self._group.rank if len(processes) == self._group.size else 0]
         self.epochs.load_state_dict(own["data"])
         self._set_random_state(own["random"])
-        log.info("%s: resumed after update %d of %d", self.directory, self.cursor.step, self.program.updates)
+        log.info("%s: resumed after update %d of %d", self._name, self.cursor.step, self.program.updates)
+        if differing:
+            log.warning("%s: settings differ from the saved ones, which are in force: %s", self._name, differing)
+        self._rehearse(before_training=True)
         if not self.cursor.at_member or self.program.between == NOTHING:
             return ()
         self._restart(self.program.between)  # the point was written before it
         return (self.program.between,)
 
     def record(
-        self, n: int, *, late: Literal["raise", "take"] = "raise", metrics: Measure | None = None
+        self,
+        n: int,
+        *,
+        late: Literal["raise", "take"] = "raise",
+        metrics: Measure | None = None,
+        used_lr: float | None = None,
+        setter: str = "",
     ) -> tuple[Event, ...]:
         """Count `n` updates that were done, and do what is due: take the member, carry out the restart.
 
         Arguments:
             n: updates since the last call, 0 or more.
             late: as in `Cursor.advance`; a late snapshot is warned of.
-            metrics: gives what to record with a member.
+            metrics: gives what to record with a member, in place of the recorder's own.
+            used_lr: the rate that the last of these updates was done with, if it is known: it is what a member records.
+            setter: who sets the rate, if it is known.
 
         Returns:
             What was due, in order, and has been done; the member's file is on its way.
@@ -176,18 +203,28 @@ class Recorder:
             ProtocolError: as `Cursor.advance`, or an earlier member could not be written and this run cannot continue.
             StoreError, DivergedError: an earlier member could not be written or was refused.
             SystemExit: with code 143, after a SIGTERM and its resume point.
+            KeyboardInterrupt: after a Ctrl-C and its resume point.
+
+        Warns:
+            CycleWarning: once, if the rate used is not the schedule's.
         """
         self._saving.check()
         before = self.cursor.step
         if n:
             self.epochs.settle()
+            self._point_random = None
+            if used_lr is not None:
+                self.check_rate(used_lr, step=before + n - 1, setter=setter)
         if 0 <= n < self.cursor.until_next:  # nearly always: nothing is due
             events = self.cursor.advance(n)
         else:
-            events = self._take(lambda: self.cursor.advance(n, late=late), metrics)
+            events = self._take(lambda: self.cursor.advance(n, late=late), metrics or self._metrics, used_lr)
+        if n and not self._rehearsed:
+            self._rehearsed = True
+            self._rehearse(before_training=False)  # again: by now optimizers have made their state
         if self._every and not events and self.cursor.step // self._every != before // self._every:
             self._save_point()
-        if self._sigterm.received or self._agrees:
+        if self._sigterm.signal or self._agrees:
             self._leave_if_asked(before)
         for event in events:
             if isinstance(event, Restart):
@@ -197,7 +234,31 @@ class Recorder:
     def finish(self, reason: str) -> tuple[Event, ...]:
         """End early with an unfinished member, if an update was done since the last one."""
         self._saving.check()
-        return self._take(lambda: self.cursor.finish(reason), None)
+        return self._take(lambda: self.cursor.finish(reason), self._metrics, None)
+
+    def check_rate(self, used: float, *, step: int, setter: str = "") -> bool:
+        """Compare a rate that was used with the schedule's, and warn once if they differ.
+
+        Arguments:
+            used: the rate of one update.
+            step: updates done before that one.
+            setter: who sets the rate, if it is known.
+
+        Returns:
+            Whether it is the schedule's, as far as float32 tells.
+        """
+        planned = self.program.schedule(step)
+        if abs(used - planned) <= 1e-5 * self.program.schedule.lr:
+            return True
+        if not self._rate_differs:
+            self._rate_differs = True
+            warnings.warn(
+                f"update {step + 1} was done at the rate {used:.6g}, and the schedule's is {planned:.6g}: "
+                f"{setter or 'something else'} sets it; members record the rate that was used",
+                CycleWarning,
+                stacklevel=_level_of_the_loop(),
+            )
+        return False
 
     @property
     def store(self) -> SnapshotStore:
@@ -226,7 +287,7 @@ class Recorder:
 
     @property
     def asked_to_stop(self) -> bool:
-        """Whether a SIGTERM has come; the next update recorded answers it."""
+        """Whether a SIGTERM or a Ctrl-C has come; the next update recorded answers it."""
         return self._sigterm.received
 
     def batches(self, loader: Iterable[Batch], *, stateful: bool = False) -> Iterator[Batch]:
@@ -236,6 +297,13 @@ class Recorder:
         """
         return self.epochs.walk(loader, stateful=stateful)
 
+    def epochs_of(self, loader: Iterable[Batch], *, stateful: bool = False) -> Iterator[tuple[int, Iterator[Batch]]]:
+        """Yield (epoch, its batches) until the program stops; after a resume, from the epoch it was in.
+
+        See `Epochs.epochs`.
+        """
+        return self.epochs.epochs(loader, stateful=stateful)
+
     def close(self, *, exact: bool = True) -> None:
         """Wait for the writer, release the directory, and raise the writer's error if it has one.
 
@@ -244,7 +312,7 @@ class Recorder:
 
         Raises:
             StoreError, DivergedError: a member or the resume point could not be written or was refused.
-            SystemExit: with code 143, after a SIGTERM that no update has answered.
+            SystemExit, KeyboardInterrupt: after a SIGTERM or a Ctrl-C that no update has answered.
         """
         if self._closed:
             return
@@ -253,7 +321,7 @@ class Recorder:
         try:
             try:
                 if early and exact and self.cursor.step > self._point_at:
-                    self._save_point()
+                    self._save_point(self.epochs.random_when_asked)
             finally:
                 self._saving.close()
             if early:
@@ -262,6 +330,8 @@ class Recorder:
             self._sigterm.remove()
         if exact and self._sigterm.received:
             self._sigterm.leave()
+
+    place = position  # scripts that wait for the files call it so
 
     def __enter__(self) -> Self:
         return self
@@ -273,12 +343,18 @@ class Recorder:
         self.close(exact=kind is None)
 
     def _open(self, resume: bool) -> SnapshotStore | None:
-        """Open the directory in process 0; what is refused there is refused in every process."""
-        store: SnapshotStore | None = None
+        """Open the directory in process 0."""
+        return self._in_first(
+            lambda: open_run(self.directory, self.program, self._framework, resume=resume, at=self._at)
+        )
+
+    def _in_first(self, action: Callable[[], Result]) -> Result | None:
+        """Do something in process 0; what is refused there is refused in every process, so that none waits for ever."""
+        result: Result | None = None
         refusal: SnapcoreError | None = None
         if self._group.rank == 0:
             try:
-                store = open_run(self.directory, self.program, self._framework, resume=resume, at=self._at)
+                result = action()
             except SnapcoreError as error:
                 refusal = error
         message = self._group.gather(None if refusal is None else str(refusal))[0]
@@ -286,18 +362,51 @@ class Recorder:
             raise refusal
         if message is not None:
             raise StoreError(message)
-        return store
+        return result
+
+    def _rehearse(self, *, before_training: bool) -> None:
+        """Copy once what is going to be saved, and refuse what cannot be: at the start, not at the end of a cycle."""
+        dumped = self._source.dump() if self._at is None else None
+        copy, values = (self._source.capture(), {}) if dumped is None else dumped
+        self._in_first(lambda: self._saving.rehearse(copy, values, dumped=dumped is not None, first=before_training))
+
+    def _compare_settings(self, saved: Mapping[str, Any]) -> str:
+        """Return the settings that differ from those of the run that is resumed; refuse another optimizer."""
+        given = self._source.settings()
+        differing = {name: value for name, value in saved.items() if name in given and given[name] != value}
+        if "optimizer" in differing:
+            raise StoreError(
+                f"{self.directory} holds a run trained by {saved['optimizer']}, got {given['optimizer']}: give that "
+                "optimizer, or choose another directory"
+            )
+        return ", ".join(f"{name} {value} (given {given[name]})" for name, value in differing.items())
+
+    def _batch_is_asked_for(self) -> None:
+        """Keep the random states of this moment with a point that no update has followed.
+
+        What a loop does between an update and the next batch, such as an evaluation, may draw random numbers, and a
+        resumed run does not do it again.
+        """
+        if self._point_random is None or self._closed:
+            return
+        random = self._random_state()
+        if any(self._group.gather(random != self._point_random)):
+            self._point_random = random
+            self._saving.amend(self.cursor.step, self._processes(random))
 
     def _start_at(self, at: Position) -> tuple[Event, ...]:
         last = last_step(self.directory, len(at.members))
         stopped = FINISHED if last == self.program.updates else None
         self.cursor.load_state_dict({"step": last, "taken": len(at.members), "last": last, "stopped": stopped})
         if at.step:
-            log.info("%s: resumed after update %d of %d", self.directory, at.step, self.program.updates)
+            log.info("%s: resumed after update %d of %d", self._name, at.step, self.program.updates)
+        self._rehearse(before_training=True)
         # What is due at this very step was not taken before the checkpoint, which has the weights for it.
         return self.record(at.step - last, late="take")
 
-    def _take(self, move: Callable[[], tuple[Event, ...]], metrics: Measure | None) -> tuple[Event, ...]:
+    def _take(
+        self, move: Callable[[], tuple[Event, ...]], metrics: Measure | None, used_lr: float | None
+    ) -> tuple[Event, ...]:
         """Move the cursor to what is due, copy what is to be kept, and hand it over."""
         before = self.cursor.state_dict()
         events = move()
@@ -309,36 +418,49 @@ class Recorder:
                 values = metrics(snapshot) if metrics else None
                 self._saving.reserve()  # before the copy: a slow disk must not have copies pile up
                 copy, state = self._copy(resumable=stop is None)
+                if used_lr is not None and not self.check_rate(used_lr, step=snapshot.step - 1):
+                    snapshot = replace(snapshot, lr=used_lr)
                 self._saving.member(snapshot, values, copy, state, stop)
             elif stop is not None:
                 self._saving.stopped(stop)
         except BaseException:
             self.cursor.load_state_dict(before)  # nothing was taken: it is still due
             raise
+        if snapshot is not None and self._on_member is not None:
+            self._on_member(snapshot)
         if stop is not None and not self._sigterm.received:
             self._sigterm.remove()  # nothing is left to save, so the signal is the program's own again
         return events
 
-    def _copy(self, *, resumable: bool) -> tuple[Pending | Tensors, State | None]:
+    def _copy(self, *, resumable: bool, random: Any = None) -> tuple[Pending | Tensors, State | None]:
         """Copy the weights, with all else that a resume point needs if there is to be one."""
         if not resumable or self._at is not None:
             return self._source.capture(), None
         if self._before_point is not None:
             self._before_point()
-        processes = self._group.gather({"random": self._random_state(), "data": self.epochs.state_dict()})
+        random = random or self._random_state()
+        processes = self._processes(random)
         dumped = self._source.dump()
         if dumped is None:
             return self._source.capture(), None
         tensors, values = dumped
-        self._point_at = self.cursor.step
-        place = self.cursor.state_dict()
-        return tensors, {"framework": self._framework, "place": place, "values": values, "processes": processes}
+        self._point_at, self._point_random = self.cursor.step, random
+        return tensors, {
+            "framework": self._framework,
+            "place": self.cursor.state_dict(),
+            "values": values,
+            "processes": processes,
+            "settings": self._source.settings(),
+        }
 
-    def _save_point(self) -> None:
+    def _processes(self, random: Any) -> list[Any]:
+        return self._group.gather({"random": random, "data": self.epochs.state_dict()})
+
+    def _save_point(self, random: Any = None) -> None:
         if self._at is not None:
             return
         self._saving.reserve()
-        copy, state = self._copy(resumable=True)
+        copy, state = self._copy(resumable=True, random=random)
         if state is not None:
             self._saving.point(copy, state)
 
@@ -360,26 +482,32 @@ class Recorder:
         self._source.set_random_state(state["framework"])
 
     def _leave_if_asked(self, before: int) -> None:
-        """Answer a SIGTERM with a resume point and exit; several processes leave at the same update."""
+        """Answer a signal with a resume point and leave; several processes leave at the same update."""
         if self.cursor.step == before:
             return
-        received = self._sigterm.received
+        received = self._sigterm.signal or 0
         if self._group.size > 1:
             if self.cursor.step // AGREE_EVERY == before // AGREE_EVERY and not self.cursor.finished:
                 return
-            received = any(self._group.gather(received))
-        if received:
+            received = max(self._group.gather(received))
+            if received:
+                self._sigterm.note(received)
+        if not received:
+            return
+        if self._sigterm.answer():
             self.close()
             self._sigterm.leave()
+        elif not self.cursor.finished and self.cursor.step > self._point_at:
+            self._save_point()  # other runs of this process have yet to answer
 
     def _say_where_it_was_left(self) -> None:
         done = f"{self.cursor.step} of {self.program.updates} updates"
         if self._at is not None:
-            log.warning("%s: left after %s; it resumes where the trainer's checkpoint does", self.directory, done)
+            log.warning("%s: left after %s; it resumes where the trainer's checkpoint does", self._name, done)
         elif self._point_at:
-            log.warning("%s: left after %s; it resumes after update %d", self.directory, done, self._point_at)
+            log.warning("%s: left after %s; it resumes after update %d", self._name, done, self._point_at)
         else:
-            log.warning("%s: left after %s; there is no resume point", self.directory, done)
+            log.warning("%s: left after %s; there is no resume point", self._name, done)
 
 
 def require_fresh(program: Program, fresh: object | None) -> None:

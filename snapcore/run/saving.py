@@ -21,13 +21,18 @@ neither finished nor resumable.
 Once a job has failed, no later one is done: a point or a manifest written after a lost member would count it.
 """
 
+import json
+import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from snapcore.backend import Pending, resolved
-from snapcore.errors import ProtocolError
+from snapcore.errors import ProtocolError, StoreError
 from snapcore.protocol import Snapshot, Stop
 from snapcore.run.background import SnapshotWriter
 from snapcore.store import (
@@ -37,6 +42,8 @@ from snapcore.store import (
     check_finite,
     clear_point,
     new_member,
+    read_point,
+    row_major,
     write_point,
 )
 
@@ -59,6 +66,7 @@ class Saving:
 
     def __init__(self, store: SnapshotStore | None, directory: Path, framework: str) -> None:
         self._store, self._directory, self._framework = store, directory, framework
+        self._constants: dict[str, NDArray[Any]] = {}
         self.failed = False
         """Whether a job has failed, so that nothing is written any more."""
         # The thread frees the lock when it ends, not the loop: whatever interrupts the loop's wait for the writer, the
@@ -83,6 +91,29 @@ class Saving:
     def first_member(self) -> Tensors:
         """Return the weights of the run's first member, which must be on disk."""
         return SnapshotStore(self._directory).load(1)
+
+    def rehearse(self, copy: Copy, values: Mapping[str, Any], *, dumped: bool, first: bool) -> None:
+        """Refuse what could not be saved, before training costs anything.
+
+        Values that are not finite before the first update are remembered: as long as training does not change them,
+        they are meant so, such as a mask's −inf or the bound of a constraint.
+
+        Raises:
+            StoreError: a name, a type or a value that a file cannot hold, or a disk without room for one member.
+        """
+        tensors = resolved(copy)
+        row_major(tensors)
+        try:
+            json.dumps(values, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"a dump's values must be plain JSON: {error}; return arrays as tensors") from error
+        weights = _weights(tensors) if dumped else tensors
+        if first:
+            self._constants = {name: np.array(array) for name, array in weights.items() if not _is_finite(array)}
+        needed = sum(array.nbytes for array in weights.values())
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            raise StoreError(f"{self._directory} has {free} bytes free, and a member needs {needed}: make room first")
 
     def reserve(self) -> None:
         """Wait until there is room for one more copy, so that at most two exist however slow the disk is."""
@@ -109,7 +140,7 @@ class Saving:
         def write() -> None:
             tensors = resolved(copy)
             weights = tensors if state is None else _weights(tensors)
-            check_finite(weights, f"member {snapshot.index} at update {snapshot.step}")
+            self._check_finite(weights, f"member {snapshot.index} at update {snapshot.step}")
             member = new_member(**asdict(snapshot), framework=self._framework, metrics=metrics)
             member = self.store.put(weights, member)
             if state is not None:
@@ -127,8 +158,18 @@ class Saving:
 
         def write() -> None:
             tensors = resolved(copy)
-            check_finite(_weights(tensors), f"the resume point at update {state['place']['step']}")
+            self._check_finite(_weights(tensors), f"the resume point at update {state['place']['step']}")
             write_point(self._directory, ResumePoint(tensors, state))
+
+        self._submit(write)
+
+    def amend(self, step: int, processes: list[Any]) -> None:
+        """Replace the random states and the positions in the data of the newest point, if it is of that update."""
+
+        def write() -> None:
+            point = read_point(self._directory)
+            if point is not None and point.state["place"]["step"] == step:
+                write_point(self._directory, replace(point, state={**point.state, "processes": processes}))
 
         self._submit(write)
 
@@ -164,6 +205,14 @@ class Saving:
         """Finish what was submitted, free the directory, and raise what a job has raised."""
         self._writer.close()
 
+    def _check_finite(self, weights: Tensors, what: str) -> None:
+        moved = {
+            name: array
+            for name, array in weights.items()
+            if name not in self._constants or not np.array_equal(array, self._constants[name], equal_nan=True)
+        }
+        check_finite(moved, what)
+
     def _submit(self, job: Callable[[], None]) -> None:
         if self._store is None:
             return
@@ -185,3 +234,9 @@ def _weights(tensors: Tensors) -> Tensors:
     if not weights:
         raise ProtocolError(f"a dump must name its weights {WEIGHTS}<name>, as rule 14 says; got {sorted(tensors)[:5]}")
     return weights
+
+
+def _is_finite(array: NDArray[Any]) -> bool:
+    return not (np.issubdtype(array.dtype, np.inexact) or array.dtype.name == "bfloat16") or bool(
+        np.isfinite(array).all()
+    )

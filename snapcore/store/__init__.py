@@ -8,7 +8,7 @@ from snapcore.store.directory import SnapshotStore, move_aside
 from snapcore.store.manifest import MANIFEST, Member, new_member
 from snapcore.store.packing import pack, unpack
 from snapcore.store.resume_point import ResumePoint, clear_point, read_point, write_point
-from snapcore.store.tensors import Tensors, check_finite, check_fit, map_tensors
+from snapcore.store.tensors import Tensors, check_finite, check_fit, map_tensors, row_major
 
 __all__ = [
     "MANIFEST",
@@ -25,6 +25,7 @@ __all__ = [
     "new_member",
     "pack",
     "read_point",
+    "row_major",
     "unpack",
     "write_point",
 ]

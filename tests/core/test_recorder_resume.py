@@ -160,16 +160,16 @@ def test_a_point_is_written_whenever_that_many_updates_are_passed_however_they_a
         for n in (7, 0, 2, 6, 0, 4):  # 7, 7, 9, 15, 15, 19
             loop.step(n)
             copies.append(loop.copies)
-    assert copies == [0, 0, 1, 1, 1, 2]
+    assert copies == [1, 1, 2, 2, 2, 3]  # with the rehearsal after the first update
 
 
 def test_a_run_left_where_its_last_point_is_writes_no_other(tmp_path):
     with Loop(tmp_path, resume_every=5) as loop:
         loop.step(5)
-    assert loop.copies == 1
+    assert loop.copies == 2  # with the rehearsal
     with Loop(tmp_path) as loop:
         loop.recorder.start()
-    assert loop.copies == 0
+    assert loop.copies == 1  # the rehearsal's
 
 
 def test_a_state_that_cannot_be_loaded_leaves_the_point_as_it_was(tmp_path, monkeypatch, caplog):

@@ -96,7 +96,7 @@ def test_where_a_point_was_just_written_there_is_no_other(tmp_path):
         loop.step(4)
         terminate()
         terminated(loop.step)
-    assert loop.copies == 1
+    assert loop.copies == 2  # the rehearsal, and the point
 
 
 def test_what_cannot_be_resumed_is_ended_without_a_point(tmp_path, caplog):

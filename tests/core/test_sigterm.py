@@ -1,5 +1,6 @@
 """SIGTERM: noted, answered once, and handed back."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -114,11 +115,12 @@ def test_a_second_signal_is_the_systems_where_there_is_no_handler(earlier, monke
     raised = []
     monkeypatch.setattr(signal, "raise_signal", lambda number: raised.append((number, signal.getsignal(number))))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    SigtermHandler()
+    handler = SigtermHandler()
     terminate()
     assert raised == []
     terminate()
     assert raised == [(signal.SIGTERM, signal.SIG_DFL)]
+    handler.remove()
 
 
 def test_a_second_signal_ends_a_program_that_has_no_handler():
@@ -191,3 +193,94 @@ def test_one_made_in_the_main_thread_is_not_removed_from_another(earlier):
     thread.join()
     assert signal.getsignal(signal.SIGTERM) == installed
     termination.remove()
+
+
+# ------------------------------------------------------------------------------------------------ Ctrl-C
+
+
+@pytest.fixture
+def pythons_own():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler  # it is back
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.usefixtures("pythons_own")
+def test_the_first_ctrl_c_is_noted_and_the_second_interrupts_at_once():
+    handler = SigtermHandler()
+    interrupt()
+    assert (handler.received, handler.signal) == (True, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    handler.remove()
+
+
+@pytest.mark.usefixtures("pythons_own")
+def test_leaving_after_a_ctrl_c_is_a_keyboard_interrupt():
+    handler = SigtermHandler()
+    interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        handler.leave()
+
+
+def test_a_handler_of_the_users_own_keeps_its_ctrl_c(earlier):
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    handler = SigtermHandler()
+    interrupt()
+    assert (heard, handler.received) == ([signal.SIGINT], False)
+    terminate()
+    assert handler.signal == signal.SIGTERM
+    handler.remove()
+    signal.signal(signal.SIGINT, before)
+
+
+# ------------------------------------------------------------------------------------------------ several runs
+
+
+def test_several_runs_hear_one_signal_and_leave_when_all_have_answered(earlier):
+    first, second = SigtermHandler(), SigtermHandler()
+    terminate()
+    assert (first.received, second.received, earlier) == (True, True, [])
+    assert not first.answer()
+    assert second.answer()
+    for handler in (first, second):
+        handler.remove()
+    assert earlier == []
+
+
+def test_one_that_answers_again_waits_for_the_others_no_longer(earlier):
+    first, idle = SigtermHandler(), SigtermHandler()
+    terminate()
+    assert [first.answer(), first.answer()] == [False, True]
+    for handler in (first, idle):
+        handler.remove()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_runs_that_overlap_leave_the_handler_that_was_there(earlier, order):
+    before = signal.getsignal(signal.SIGTERM)
+    handlers = [SigtermHandler() for _ in range(3)]
+    for index in order:
+        handlers[index].remove()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_that_was_dropped_unclosed_keeps_no_signal(earlier):
+    SigtermHandler()
+    gc.collect()
+    terminate()
+    assert earlier == [signal.SIGTERM]
+
+
+def test_what_has_come_to_another_process_of_the_group_has_come_to_all_runs_of_this_one(earlier):
+    first, second = SigtermHandler(), SigtermHandler()
+    first.note(signal.SIGINT)
+    assert (first.signal, second.signal) == (signal.SIGINT, signal.SIGINT)
+    assert not first.answer()
+    for handler in (first, second):
+        handler.remove()

@@ -164,6 +164,9 @@ class Training:
         if optimizer == "reset":
             self.moment = np.zeros(3)
 
+    def settings(self):
+        return {"optimizer": "momentum"}
+
     def capture(self):
         return Copied(self.weights)
 
@@ -221,6 +224,10 @@ class Loop:
     """A user's loop: one weight that counts the updates, so that a member tells when it was copied."""
 
     fresh = None
+    given = {}  # noqa: RUF012
+
+    def settings(self):
+        return self.given
 
     def __init__(self, directory, plan=SIXTY, *, resumable=True, framework="numpy", **options):
         self.weights, self.copies, self.resumable = {"updates": np.zeros((), np.int64)}, 0, resumable

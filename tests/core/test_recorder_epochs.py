@@ -1,0 +1,244 @@
+"""Evaluation between updates, epochs by number, and what is left of them after a resume."""
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from snapcore import CosineCycles, ProtocolError
+from snapcore.run import Recorder
+from snapcore.store import read_point
+
+from .training import Loop, Training, assert_same, members_of
+
+PLAN = CosineCycles(0.2, 24, 3)  # members after 8, 16 and 24 updates; an epoch has 6
+
+
+class KilledError(BaseException):
+    """A kill: nothing is closed in an orderly way."""
+
+
+class Shuffled:
+    """Six batches in an order drawn from Python's global generator, noise from NumPy's."""
+
+    def __iter__(self):
+        order = list(range(6))
+        random.shuffle(order)
+        for index in order:
+            yield np.full((2, 3), index) + np.random.normal(scale=0.1)
+
+
+def evaluate():
+    """Draws, as a data loader does that takes its seed from the global generator."""
+    return random.random() + np.random.normal()
+
+
+class Run:
+    """Training that evaluates at every epoch's end, and may be killed after an update."""
+
+    def __init__(self, directory, kill=None, where="update"):
+        random.seed(5)
+        np.random.seed(5)
+        self.training, self.kill, self.where, self.log = Training(), kill, where, []
+        self.recorder = Recorder(directory, PLAN, self.training, framework="numpy", resume_every=3)
+        self.recorder.start()
+
+    def update(self, batch):
+        self.training.update(self.recorder.cursor.lr, batch)
+        self.recorder.record(1)
+        self.die_if("update")
+        return self.recorder.cursor.step
+
+    def die_if(self, where):
+        if self.recorder.cursor.step == self.kill and where == self.where:
+            self.recorder.position()  # the files are there
+            self.recorder.store.close()
+            raise KilledError
+
+    def evaluate_inside(self):
+        for batch in self.recorder.batches(Shuffled()):
+            if self.update(batch) % 6 == 0:
+                evaluate()
+            self.die_if("evaluated")
+            if self.recorder.cursor.step == self.kill and self.where == "asked":
+                self.recorder._batch_is_asked_for()
+                self.die_if("asked")
+        self.recorder.close()
+
+    def evaluate_between(self):
+        for epoch, batches in self.recorder.epochs_of(Shuffled()):
+            for batch in batches:
+                self.update(batch)
+            evaluate()
+            self.log.append(epoch)
+            self.die_if("evaluated")
+        self.recorder.close()
+        return self.log
+
+
+def run(directory, form, **options):
+    training = Run(directory, **options)
+    return training.evaluate_inside() if form == "batches" else training.evaluate_between()
+
+
+@pytest.mark.parametrize("kill", [3, 5, 6, 7, 11, 12, 13, 16, 18, 23])
+def test_killed_in_an_update_a_loop_that_evaluates_between_epochs_resumes_exactly(tmp_path, kill):
+    run(tmp_path / "whole", "epochs")
+    with pytest.raises(KilledError):
+        run(tmp_path / "killed", "epochs", kill=kill)
+    run(tmp_path / "killed", "epochs")
+    assert_same(members_of(tmp_path / "killed"), members_of(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("kill", [3, 5, 7, 11, 13, 16, 23])
+def test_killed_in_an_update_a_loop_that_evaluates_inside_resumes_exactly(tmp_path, kill):
+    run(tmp_path / "whole", "batches")
+    with pytest.raises(KilledError):
+        run(tmp_path / "killed", "batches", kill=kill)
+    run(tmp_path / "killed", "batches")
+    assert_same(members_of(tmp_path / "killed"), members_of(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("kill", [6, 12, 18])
+def test_killed_once_the_next_batch_is_asked_for_the_evaluation_before_counts(tmp_path, kill):
+    run(tmp_path / "whole", "batches")
+    with pytest.raises(KilledError):
+        run(tmp_path / "killed", "batches", kill=kill, where="asked")
+    run(tmp_path / "killed", "batches")
+    assert_same(members_of(tmp_path / "killed"), members_of(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("kill", [6, 12, 18])
+def test_killed_after_an_evaluation_whose_epoch_is_over_it_is_done_again_and_nothing_differs(tmp_path, kill):
+    run(tmp_path / "whole", "epochs")
+    with pytest.raises(KilledError):
+        run(tmp_path / "killed", "epochs", kill=kill, where="evaluated")
+    assert run(tmp_path / "killed", "epochs") == list(range(kill // 6 - 1, 4))
+    assert_same(members_of(tmp_path / "killed"), members_of(tmp_path / "whole"))
+
+
+def test_epochs_are_numbered_and_the_last_ends_with_the_program(tmp_path):
+    with Loop(tmp_path, CosineCycles(0.1, 20, 2)) as loop:
+        seen = []
+        for epoch, batches in loop.recorder.epochs_of(range(6)):
+            seen.append((epoch, sum(1 for _ in batches if loop.step() is not None)))
+    assert seen == [(0, 6), (1, 6), (2, 6), (3, 2)]
+
+
+def test_after_a_resume_the_first_epoch_is_the_one_that_was_under_way(tmp_path):
+    with Loop(tmp_path) as loop:
+        loop.recorder.start()
+        for _ in loop.recorder.batches(range(7)):
+            loop.step()
+            if loop.updates == 17:
+                break
+    with Loop(tmp_path) as loop:
+        loop.recorder.start()
+        epoch, batches = next(loop.recorder.epochs_of(range(7)))
+        assert (epoch, list(batches)) == (2, [3, 4, 5, 6])
+
+
+def test_an_epoch_that_the_loop_leaves_early_is_over(tmp_path):
+    with Loop(tmp_path) as loop:
+        seen = []
+        for epoch, batches in loop.recorder.epochs_of(range(100)):
+            for batch in batches:
+                loop.step()
+                if batch == 9:
+                    break
+            seen.append((epoch, loop.updates))
+    assert seen == [(0, 10), (1, 20), (2, 30), (3, 40), (4, 50), (5, 60)]
+
+
+def test_epochs_that_nobody_walks_are_refused(tmp_path):
+    with Loop(tmp_path) as loop, pytest.raises(ProtocolError, match="the loader gave no batch"):
+        list(loop.recorder.epochs_of(range(7)))
+
+
+def test_micro_batches_left_over_at_an_epochs_end_are_given_again(tmp_path):
+    """Their gradients were accumulated and are gone."""
+
+    def walk(directory, leave=None):
+        with Loop(directory, CosineCycles(0.1, 12, 2)) as loop:
+            loop.recorder.start()
+            seen = []
+            for count, batch in enumerate(loop.recorder.batches(range(10)), 1):
+                seen.append(batch)
+                if count % 4 == 0:
+                    loop.step()
+                    seen.append("update")
+                if count == leave:
+                    break
+        return seen
+
+    whole = walk(tmp_path / "whole")
+    assert walk(tmp_path / "left", 11) == whole[:13]
+    assert walk(tmp_path / "left") == whole[10:]
+
+
+def test_what_micro_batches_draw_is_drawn_again_after_a_resume(tmp_path):
+    def walk(directory, leave=None):
+        random.seed(3)
+        with Loop(directory, CosineCycles(0.1, 12, 2)) as loop:
+            loop.recorder.start()
+            seen = []
+            for count, _ in enumerate(loop.recorder.batches(Shuffled()), 1):
+                seen.append(random.random())  # dropout
+                if count % 4 == 0:
+                    loop.step()
+                if count == leave:
+                    break
+        return seen
+
+    whole = walk(tmp_path / "whole")
+    walk(tmp_path / "left", 15)
+    assert walk(tmp_path / "left") == whole[12:]
+
+
+@pytest.mark.parametrize("where", ["loader", "sampler", "batch_sampler", "inner", "dataset", "wrapped", "twice"])
+def test_the_number_of_an_epoch_is_given_wherever_it_is_asked_for(tmp_path, where):
+    told = []
+
+    class Told:
+        def set_epoch(self, epoch):
+            told.append(epoch)
+
+    class Loader(list):
+        pass
+
+    def loader_with(**parts):
+        loader = Loader(range(5))
+        for name, part in parts.items():
+            setattr(loader, name, part)
+        return loader
+
+    class Own(Loader, Told):
+        pass
+
+    made = {
+        "loader": lambda: Own(range(5)),
+        "sampler": lambda: loader_with(sampler=Told()),
+        "batch_sampler": lambda: loader_with(batch_sampler=Told()),
+        "inner": lambda: loader_with(batch_sampler=SimpleNamespace(sampler=Told())),
+        "dataset": lambda: loader_with(dataset=Told()),
+        "wrapped": lambda: loader_with(base_dataloader=SimpleNamespace(loader=loader_with(sampler=Told()))),
+        "twice": lambda: loader_with(sampler=(told_once := Told()), batch_sampler=SimpleNamespace(sampler=told_once)),
+    }[where]()
+    with Loop(tmp_path, CosineCycles(0.1, 15, 3)) as loop:
+        for _ in loop.recorder.batches(made):
+            loop.step()
+    assert told == [0, 1, 2]
+
+
+def test_a_point_that_a_later_update_has_replaced_is_not_amended(tmp_path):
+    with Loop(tmp_path, resume_every=3) as loop:
+        for _ in loop.recorder.batches(range(7)):
+            loop.step()
+            random.random()
+            if loop.updates == 7:
+                break
+        loop.recorder._saving.amend(1, ["of another update"])
+        loop.recorder.position()
+        assert read_point(tmp_path).state["place"]["step"] == 6
+        assert read_point(tmp_path).state["processes"] != ["of another update"]
