@@ -12,6 +12,13 @@ from snapcore import Schedule, ScheduleError
 
 Rate = Callable[[Any], Any]
 
+ASKED: set[Schedule] = set()
+"""The schedules that optax has asked for a rate in this process, when an update was traced or done.
+
+An optimizer's state does not say which rate it is used with. But an optimizer that was built with `snapshot_schedule`
+asks it; so a schedule that nobody has asked is one that no update has followed.
+"""
+
 
 class _Lax:
     """The operations of `Schedule.bind`, each of them one primitive: no nested function, no promotion on the way.
@@ -82,6 +89,8 @@ def snapshot_schedule(cycles: Schedule) -> Rate:
         if not isinstance(step, jax.Array | np.ndarray):
             return cycles(step)
         counts = _counts(step)
+        if not counts.shape:  # an update's count, and not a row of steps to be plotted
+            ASKED.add(cycles)
         within = lax.clamp(counts.dtype.type(0), counts, counts.dtype.type(last))
         return cycles.bind(_Lax(counts.dtype), clamped=False)(within)
 

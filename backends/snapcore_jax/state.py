@@ -1,5 +1,6 @@
 """A tree's arrays on their way to the host, and all that training needs to resume."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,12 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from snapcore import DataError
 from snapcore.run import WEIGHTS
 from snapcore.store import Tensors
 from snapcore_jax.distributed import whole
 from snapcore_jax.trees import is_key, named_leaves, named_parts, with_leaves, with_parts
 
-__all__ = ["Copy", "dump_training", "load_training", "named_leaves", "with_leaves", "with_parts"]
+__all__ = [
+    "Copy",
+    "dump_extras",
+    "dump_training",
+    "load_extras",
+    "load_training",
+    "named_leaves",
+    "with_leaves",
+    "with_parts",
+]
 
 REST = "rest/"
 """What the names of everything but the weights begin with in a resume point: moments, counts, random keys."""
@@ -62,6 +73,42 @@ def load_training(variables: Any, rest: Any, tensors: Tensors, what: str = "the 
     saved = _part(tensors, WEIGHTS) | _part(tensors, _RANDOM)
     new_variables, new_rest = with_parts((variables, rest), (saved, _part(tensors, _OTHERS)), what)
     return new_variables, new_rest
+
+
+def dump_extras(extras: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the states of objects as plain JSON; those of `get_state` may be bytes.
+
+    Raises:
+        DataError: one has no state that can be saved, or holds something that could only be pickled.
+    """
+    states: dict[str, Any] = {}
+    for name, each in extras.items():
+        get = getattr(each, "state_dict", None) or getattr(each, "get_state", None)
+        state = None if get is None else get()
+        states[name] = {"hex": state.hex()} if isinstance(state, bytes) else {"plain": state}
+        try:
+            json.dumps(states[name], allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"the state of {name!r} in state= must be plain JSON or bytes: {error}") from error
+        if get is None:
+            raise DataError(
+                f"{name!r} in state= is {type(each).__name__}, without state_dict or get_state: leave it out"
+            )
+    return states
+
+
+def load_extras(extras: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+    """Give objects back the states that `dump_extras` returned.
+
+    Raises:
+        DataError: others were saved.
+    """
+    if extras.keys() != states.keys():
+        raise DataError(f"state= was {sorted(states)} when the run was saved, got {sorted(extras)}: pass the same")
+    for name, each in extras.items():
+        state = states[name]
+        set_state = getattr(each, "load_state_dict", None) or each.set_state
+        set_state(bytes.fromhex(state["hex"]) if "hex" in state else state["plain"])
 
 
 def _local(value: Any) -> Any:

@@ -103,7 +103,8 @@ def with_parts(
         replaced = given is not None and name in wanted[leaf.tree]
         values.append(_like(leaf.value, given[name]) if given is not None and replaced else leaf.value)
     jax.block_until_ready(values)  # JAX reads host memory later, and it is the caller's
-    return flat.rebuild(iter(values))
+    rebuilt: tuple[Any, ...] = flat.rebuild(iter(values))
+    return rebuilt
 
 
 class _Leaf(NamedTuple):
