@@ -61,11 +61,6 @@ def number(count: Any) -> int:
     return int(values[0])
 
 
-def count_arrays(rest: Any) -> list[Any]:
-    """Return the arrays that `read_count` reads, to tell whether an update has replaced them."""
-    return [array for node in _counting_nodes(rest) for array in _arrays(_count(node))]
-
-
 def read_other_counts(rest: Any) -> list[int]:
     """Return the counts that optimizers keep for themselves, such as those of Adam, Prodigy or schedule-free ones."""
     states = jax.tree.leaves(rest, is_leaf=_counts_itself)
@@ -82,7 +77,7 @@ def injected_rates(rest: Any) -> list[tuple[float, float]]:
     """Return the rates that `optax.inject_hyperparams` has used last, each with its type's relative rounding."""
     rates = [node.hyperparams["learning_rate"] for node in _injected(rest) if "learning_rate" in node.hyperparams]
     return [
-        (float(value), float(ml_dtypes.finfo(array.dtype).eps))
+        (float(value), float(ml_dtypes.finfo(array.dtype).eps))  # type: ignore[no-untyped-call]
         for rate in rates
         for array in _arrays(rate)
         for value in np.unique(_on_host(array))
@@ -92,7 +87,7 @@ def injected_rates(rest: Any) -> list[tuple[float, float]]:
 def injected_settings(rest: Any) -> dict[str, float]:
     """Return the numbers that `optax.inject_hyperparams` holds, but for rates."""
     return {
-        name: float(np.unique(_on_host(array))[0])
+        name: float(f"{float(np.unique(_on_host(array))[0]):.6g}")  # as it was written, and not as float32 rounds it
         for node in _injected(rest)
         for name, value in node.hyperparams.items()
         if name != "learning_rate"

@@ -4,7 +4,7 @@ import random
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from types import FunctionType, GeneratorType
+from types import FunctionType, GeneratorType, ModuleType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ Batch = TypeVar("Batch")
 
 _STRANGERS = ("snapcore", "jax", "flax", "optax", "equinox", "numpy", "tensorflow", "keras")
 """Libraries whose objects hold no order of batches: what is inside them is not looked at."""
-_DEPTH = 4
+_DEPTH = 5
 
 _drawn: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
 """How often this process has walked a `tf.data.Dataset`: each time it draws the seed of its next shuffle."""
@@ -40,6 +40,7 @@ class Memory:
         self._holders: list[dict[str, Any]] = []
         self._generators: list[Any] = []
         self._datasets: list[Any] = []
+        self._seen: set[int] = set()
         self._look(loader, _DEPTH)
         if resumable:
             for dataset in self._datasets:
@@ -105,11 +106,12 @@ class Memory:
         elif _is_dataset(value):
             if not any(value is each for each in self._datasets):
                 self._datasets.append(value)
-        elif depth == 0:
+        elif depth == 0 or id(value) in self._seen:
             return
-        elif isinstance(value, list | tuple) and len(value) <= 16:
+        self._seen.add(id(value))
+        if isinstance(value, list | tuple) and len(value) <= 16:
             for each in value:
-                self._look(each, depth - 1)
+                self._look(each, depth)
         elif isinstance(value, GeneratorType) and value.gi_frame is not None:
             self._look_at_names(value.gi_code.co_names, value.gi_frame.f_globals, depth)
             for each in list(value.gi_frame.f_locals.values()):
@@ -118,9 +120,9 @@ class Memory:
             self._look_at_names(value.__code__.co_names, value.__globals__, depth)
             for cell in value.__closure__ or ():
                 self._look(cell.cell_contents, depth - 1)
-        elif hasattr(value, "__dict__") and not isinstance(value, type) and not _is_strange(value):
+        elif hasattr(value, "__dict__") and not isinstance(value, type | ModuleType) and not _is_strange(value):
             held = vars(value)
-            if isinstance(held, dict) and not any(held is each for each in self._holders):
+            if isinstance(held, dict):
                 self._holders.append(held)
                 for each in list(held.values()):
                     self._look(each, depth - 1)

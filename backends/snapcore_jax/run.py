@@ -2,13 +2,10 @@
 
 import logging
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
-
-import jax
 
 from snapcore import CycleWarning, Program, ProtocolError, Schedule
 from snapcore.protocol import OptimizerState, Snapshot, as_program
@@ -16,7 +13,6 @@ from snapcore.run import CountedRun, Recorder
 from snapcore.store import Tensors, read_point
 from snapcore_jax.counting import (
     Optimizer,
-    count_arrays,
     follows_schedule,
     injected_rates,
     injected_settings,
@@ -38,6 +34,7 @@ from snapcore_jax.state import (
     load_extras,
     load_training,
     named_leaves,
+    sums,
     with_parts,
 )
 
@@ -148,7 +145,7 @@ class SnapshotRun:
         self._variables = self._rest = _MISSING
         self._begun = self._rate_checked = False
         self._resumable = True
-        self._untouched: tuple[list[Any], list[weakref.ref[Any]]] | None = None
+        self._sums: dict[str, float] | None = None
         self._others: tuple[int, list[int]] | None = None
 
     @property
@@ -204,8 +201,7 @@ class SnapshotRun:
                     self._recorder.directory,
                     self._counted.begun_at,
                 )
-            arrays = [leaf for leaf in named_leaves(self._variables).values() if isinstance(leaf, jax.Array)]
-            self._untouched = count_arrays(self._rest), [weakref.ref(array) for array in arrays]
+            self._sums = None if count is None else sums(self._variables)
             self._note_other_counts()
         return self._held()
 
@@ -350,7 +346,7 @@ class SnapshotRun:
         if new == 0:
             self._refuse_unseen()
             return
-        self._untouched = None
+        self._sums = None
         if self._counted.begun_at is None and self._count is not None and self._others is not None:
             step, before = self._others
             counted = self._cursor.step + new - step
@@ -365,16 +361,13 @@ class SnapshotRun:
             self._check_rate_is_known(self._cursor.step + new - 1)
 
     def _refuse_unseen(self) -> None:
-        """Refuse an optimizer's state that no update has touched, while all weights are other ones."""
-        if self._untouched is None:
-            return
-        (counts, arrays), self._untouched = self._untouched, None
-        now = [leaf for leaf in named_leaves(self._variables).values() if isinstance(leaf, jax.Array)]
-        pairs = list(zip(counts, count_arrays(self._rest), strict=True))
-        if pairs and all(map(_is_same, *zip(*pairs, strict=True))) and not any(map(_is_same, _alive(arrays), now)):
+        """Refuse an optimizer's state that has counted nothing, while all of the weights have changed."""
+        before, self._sums = self._sums, None
+        now = sums(self._variables) if before else {}
+        if before and not any(before.get(name) == value for name, value in now.items()):
             raise ProtocolError(
-                "the weights are new, but the optimizer's state in `rest` is the one from before: give run.step what "
-                "the update returned, its new state too"
+                "all weights have changed, but the optimizer's state in `rest` has counted no update: give run.step "
+                "the new state that the update returned"
             )
 
     def _note_other_counts(self) -> None:
@@ -479,21 +472,6 @@ class SnapshotRun:
                 self._resumed = state  # the loader is not known yet
             elif state["loader"] is not None:
                 self._memory.set_state(state["loader"])
-
-
-def _alive(arrays: list["weakref.ref[Any]"]) -> list[Any]:
-    return [array() for array in arrays]
-
-
-def _is_same(before: Any, now: Any) -> bool:
-    """Tell whether an array is another one's, or shares its memory, as what an update hands through does."""
-    if before is None or before.is_deleted() or now.is_deleted():
-        return False
-    return before is now or (
-        before.is_fully_addressable
-        and before.shape == now.shape
-        and before.addressable_data(0).unsafe_buffer_pointer() == now.addressable_data(0).unsafe_buffer_pointer()
-    )
 
 
 def _parts(variables: Any, rest: Any) -> dict[str, Any]:

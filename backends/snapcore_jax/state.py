@@ -22,6 +22,7 @@ __all__ = [
     "load_extras",
     "load_training",
     "named_leaves",
+    "sums",
     "with_leaves",
     "with_parts",
 ]
@@ -73,6 +74,17 @@ def load_training(variables: Any, rest: Any, tensors: Tensors, what: str = "the 
     saved = _part(tensors, WEIGHTS) | _part(tensors, _RANDOM)
     new_variables, new_rest = with_parts((variables, rest), (saved, _part(tensors, _OTHERS)), what)
     return new_variables, new_rest
+
+
+def sums(variables: Any) -> dict[str, float]:
+    """Return the sum of each array of floating-point weights by name: what can tell that it has changed."""
+    arrays = {
+        name: value
+        for name, value in named_leaves(variables, random=False).items()
+        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize > 1
+    }
+    summed = Copy(dict(zip(arrays, _sums(list(arrays.values())), strict=True))).resolve()
+    return {name: float(value) for name, value in summed.items()}
 
 
 def dump_extras(extras: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,6 +144,11 @@ def _duplicated(tensors: dict[str, Any]) -> dict[str, Any]:
         for name, copied in zip(names, _copies([tensors[name] for name in names]), strict=True)
     }
     return {name: copies.get(name, value) for name, value in tensors.items()}
+
+
+@jax.jit
+def _sums(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.sum(array) for array in arrays]
 
 
 @jax.jit

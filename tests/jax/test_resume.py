@@ -208,8 +208,12 @@ def test_an_unfinished_run_is_not_begun_anew_by_a_loop_that_does_not_start(tmp_p
 def test_another_optimizer_or_model_than_before_is_refused_by_name(tmp_path):
     leave(tmp_path / "run")
     params, rest = killed_loop.begin(optax.sgd(RATE))
+    refused = r"a run trained by ScaleByAdamState ScaleByScheduleState, got ScaleByScheduleState: give that optimizer"
+    with SnapshotRun(tmp_path / "run", CYCLES) as run, pytest.raises(StoreError, match=refused):
+        run.start(params, rest)
+    params, rest = killed_loop.begin(optax.masked(optax.adam(RATE), {"b": True, "w": False}))
     refused = r"the resume point does not fit the model .*'0/0/mu/b' \(2,\) is not in the model"
-    with SnapshotRun(tmp_path / "run", CYCLES) as run, pytest.raises(DataError, match=refused):
+    with SnapshotRun(tmp_path / "run", CYCLES) as run, pytest.raises((DataError, StoreError), match=refused):
         run.start(params, rest)
     params, rest = killed_loop.begin(OPTIMIZERS["adam"][0])
     refused = r"the resume point does not fit the model .*'w' \(3, 2\) is not in the model"
