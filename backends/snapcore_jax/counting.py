@@ -101,12 +101,12 @@ def optimizer_name(rest: Any) -> str:
 
     def visit(tree: Any) -> None:
         for node in jax.tree.leaves(tree, is_leaf=lambda each: each is not tree and _is_optax(each)):
-            if _is_optax(node) and node is not tree:
+            if _is_optax(node) and node._fields:  # without fields it stands for nothing, or for what is masked
                 names.append(type(node).__name__)
                 visit(node)
 
-    visit((rest,))
-    return " ".join(name for name in names if name != "EmptyState")
+    visit([rest])
+    return " ".join(names)
 
 
 def refuse_strangers(variables: Any, rest: Any) -> None:

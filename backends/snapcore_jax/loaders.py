@@ -1,5 +1,6 @@
 """What a loader of batches remembers and draws from, so that it can be made part of the position in the data."""
 
+import math
 import random
 import sys
 import weakref
@@ -15,7 +16,8 @@ Batch = TypeVar("Batch")
 
 _STRANGERS = ("snapcore", "jax", "flax", "optax", "equinox", "numpy", "tensorflow", "keras")
 """Libraries whose objects hold no order of batches: what is inside them is not looked at."""
-_DEPTH = 5
+_DEPTH, _MOST, _LONGEST = 8, 1000, 16
+"""How deep, at how many objects, and at lists how long to look."""
 
 _drawn: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
 """How often this process has walked a `tf.data.Dataset`: each time it draws the seed of its next shuffle."""
@@ -40,8 +42,20 @@ class Memory:
         self._holders: list[dict[str, Any]] = []
         self._generators: list[Any] = []
         self._datasets: list[Any] = []
-        self._seen: set[int] = set()
-        self._look(loader, _DEPTH)
+        seen: set[int] = set()
+        found = [(loader, 0)]
+        for value, depth in found:  # which grows; breadth first, so that the order is the same in every process
+            if id(value) in seen or len(seen) == _MOST:
+                continue
+            seen.add(id(value))
+            if _is_generator(value):
+                self._generators.append(value)
+            elif _is_dataset(value):
+                self._datasets.append(value)
+            elif depth < _DEPTH:
+                if _is_holder(value):
+                    self._holders.append(vars(value))
+                found += [(part, depth + 1) for part in _parts(value)]
         if resumable:
             for dataset in self._datasets:
                 _refuse_unseeded(dataset)
@@ -61,10 +75,11 @@ class Memory:
         Raises:
             DataError: it was another kind of loader.
         """
-        if (len(self._generators), len(self._holders)) != (len(state["generators"]), len(state["numbers"])):
+        saved, now = len(state["generators"]), len(self._generators)
+        if saved != now or len(state["numbers"]) != len(self._holders):
             raise DataError(
-                f"the loader had {len(state['generators'])} random generators when it was saved, got "
-                f"{len(self._generators)}: build it as it was then"
+                f"the loader is another than when the run was saved ({saved} random generators then, {now} now): build "
+                "it as it was, or choose another directory"
             )
         for generator, each in zip(self._generators, state["generators"], strict=True):
             _set_generator_state(generator, each)
@@ -99,43 +114,12 @@ class Memory:
         """Return the loader, such that walks through its data sets are counted."""
         return _Counted(loader, self._datasets) if self._datasets else loader
 
-    def _look(self, value: Any, depth: int) -> None:  # noqa: C901, PLR0912
-        if _is_generator(value):
-            if not any(value is each for each in self._generators):
-                self._generators.append(value)
-        elif _is_dataset(value):
-            if not any(value is each for each in self._datasets):
-                self._datasets.append(value)
-        elif depth == 0 or id(value) in self._seen:
-            return
-        self._seen.add(id(value))
-        if isinstance(value, list | tuple) and len(value) <= 16:
-            for each in value:
-                self._look(each, depth)
-        elif isinstance(value, GeneratorType) and value.gi_frame is not None:
-            self._look_at_names(value.gi_code.co_names, value.gi_frame.f_globals, depth)
-            for each in list(value.gi_frame.f_locals.values()):
-                self._look(each, depth - 1)
-        elif isinstance(value, FunctionType):
-            self._look_at_names(value.__code__.co_names, value.__globals__, depth)
-            for cell in value.__closure__ or ():
-                self._look(cell.cell_contents, depth - 1)
-        elif hasattr(value, "__dict__") and not isinstance(value, type | ModuleType) and not _is_strange(value):
-            held = vars(value)
-            if isinstance(held, dict):
-                self._holders.append(held)
-                for each in list(held.values()):
-                    self._look(each, depth - 1)
-                self._look(getattr(type(value), "__iter__", None), depth - 1)
-
-    def _look_at_names(self, names: Iterable[str], known: Mapping[str, Any], depth: int) -> None:
-        for name in names:
-            if _is_generator(known.get(name)) or _is_dataset(known.get(name)):
-                self._look(known[name], depth)
-
     def _numbers(self) -> list[dict[str, Any]]:
         kinds = (int, float, bool)
-        return [{name: value for name, value in held.items() if type(value) in kinds} for held in self._holders]
+        return [
+            {name: value for name, value in held.items() if type(value) in kinds and math.isfinite(value)}
+            for held in self._holders
+        ]
 
     def _pairs(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         return zip(self._numbers(), self._begun, strict=True)
@@ -188,9 +172,33 @@ def _is_dataset(value: Any) -> bool:
     return tf is not None and isinstance(value, tf.data.Dataset)
 
 
-def _is_strange(value: Any) -> bool:
+def _parts(value: Any) -> list[Any]:
+    """Return what an object refers to, where an order of batches may come from."""
+    if isinstance(value, list | tuple):
+        return list(value) if len(value) <= _LONGEST else []
+    if isinstance(value, GeneratorType) and value.gi_frame is not None:
+        frame = value.gi_frame
+        return [*frame.f_locals.values(), *_drawn_from(value.gi_code.co_names, frame.f_globals)]
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return [*cells, *_drawn_from(value.__code__.co_names, value.__globals__)]
+    return [*vars(value).values(), getattr(type(value), "__iter__", None)] if _is_holder(value) else []
+
+
+def _drawn_from(names: Iterable[str], known: Mapping[str, Any]) -> list[Any]:
+    used = [known[name] for name in names if name in known]
+    return [each for each in used if _is_generator(each) or _is_dataset(each)]
+
+
+def _is_holder(value: Any) -> bool:
+    """Tell an object with attributes of its own, of a class that may be a loader's."""
+    kinds = (type, ModuleType, FunctionType)
+    if isinstance(value, kinds) or not isinstance(getattr(value, "__dict__", None), dict):
+        return False
     module = type(value).__module__
-    return module.startswith(_STRANGERS) or (module.startswith("torch") and not module.startswith("torch.utils.data"))
+    return not module.startswith(_STRANGERS) and (
+        not module.startswith("torch") or module.startswith("torch.utils.data")
+    )
 
 
 def _is_generator(value: Any) -> bool:
