@@ -16,7 +16,7 @@ THREADED := tests/jax tests/keras tests/tensorflow tests/parity tests/lab tests/
   tests/conformance/test_jax.py tests/conformance/test_keras.py tests/conformance/test_tensorflow.py
 FORKING := tests $(addprefix --ignore=,$(CORE) $(THREADED))
 
-.PHONY: demo test durability lint bench docs clean
+.PHONY: demo test durability lint bench gpu docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/snapcore train
@@ -39,6 +39,10 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest tests/bench --benchmark-only --benchmark-quiet -q $(ARGS)
+
+# Needs no .venv: a machine with a GPU may have no network, and what is installed there must do.
+gpu:
+	PYTHONPATH=.:backends:tests/bench$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) tests/gpu $(ARGS)
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
