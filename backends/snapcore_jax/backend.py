@@ -28,7 +28,7 @@ _EVALUATION_BATCH = 1024
 
 @dataclass(frozen=True, eq=False)
 class JaxState:
-    """What a managed run goes on with."""
+    """What a managed run trains: each verb takes one and gives the next."""
 
     training: Training
     key: jax.Array
@@ -101,10 +101,10 @@ class JaxBackend:
         mesh = None if mesh is None else _automatic(mesh, data)
         chosen = optimizer or Sgd(momentum, weight_decay)
         step = Step(training_graph, chosen, _dtype(precision), mesh)
-        parts = split(_placed(mesh, _fresh(factory, shape, n_classes, _key(seed, member))))
-        x, y = _placed(mesh, (np.asarray(data.x), np.asarray(data.y, np.int32)))
+        parts = split(_on_devices(mesh, _fresh(factory, shape, n_classes, _key(seed, member))))
+        x, y = _on_devices(mesh, (np.asarray(data.x), np.asarray(data.y, np.int32)))
         training = Training(parts.params, parts.others, _moments(step, parts.params))
-        key = _placed(mesh, _key(seed, 0))
+        key = _on_devices(mesh, _key(seed, 0))
         loop = Loop(step, data, x, y, parts.keys, program.schedule).fitted(training, key)
         return JaxState(training, key, loop, evaluation_graph)
 
@@ -124,7 +124,7 @@ class JaxBackend:
         *,
         optimizer: Literal["keep", "reset"],
     ) -> JaxState:
-        """Go on from `tensors`, the optimizer's moments kept or reset."""
+        """Return the state with the weights of `tensors`, the optimizer's moments kept or reset."""
         if tensors is not None:
             state = state.with_weights(with_leaves(state.weights, tensors))
         if optimizer == "reset":
@@ -136,7 +136,7 @@ class JaxBackend:
         return dump_training(state.weights, _rest(state)), {}
 
     def load(self, state: JaxState, tensors: Pending | Tensors, values: dict[str, Any]) -> JaxState:  # noqa: ARG002
-        """Go on from what `dump` returned."""
+        """Resume from what `dump` returned."""
         weights, rest = load_training(state.weights, _rest(state), resolved(tensors))
         return replace(state.with_weights(weights).with_optimizer(rest["optimizer"]), key=rest["key"])
 
@@ -185,7 +185,7 @@ def _made(factory: Factory, input_shape: tuple[int, ...], n_classes: int, rngs: 
 
 
 def _moments(step: Step, params: Any) -> Any:
-    return _placed(step.mesh, step.optimizer(lambda _: 0.0).init(params))
+    return _on_devices(step.mesh, step.optimizer(lambda _: 0.0).init(params))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -203,7 +203,7 @@ def _rest(state: JaxState) -> dict[str, Any]:
     return {"optimizer": state.training.optimizer, "key": state.key}
 
 
-def _placed(mesh: Mesh | None, tree: Any) -> Any:
+def _on_devices(mesh: Mesh | None, tree: Any) -> Any:
     return jax.device_put(tree) if mesh is None else jax.device_put(tree, whole(mesh))
 
 

@@ -1,4 +1,4 @@
-"""Several processes that train one model together: what they tell each other, and arrays spread over them."""
+"""Several processes that train one model together: what they send each other, and arrays spread over them."""
 
 import json
 from typing import Any

@@ -27,7 +27,6 @@ def refuse_unusable(parts: Mapping[str, Any]) -> None:
     gone = donated(parts)
     if gone:
         raise ProtocolError(
-            f"the array {gone!r} was donated to an update and is gone: what a function takes with donate_argnums must "
-            "not be used after it. Hand on what the update returned: "
-            "variables, rest = update(variables, rest, …); variables, rest = run.step(variables, rest)"
+            f"the array {gone!r} was donated to an update and is gone: after donate_argnums, give run.step what the "
+            "update returned: variables, rest = run.step(*update(variables, rest))"
         )

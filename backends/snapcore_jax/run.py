@@ -1,19 +1,42 @@
-"""A run for a training loop of your own: it counts, takes the snapshots, and goes on after a kill."""
+"""A run for a training loop of your own: it counts, takes the snapshots, and resumes after a kill."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
-from snapcore import Program, ProtocolError, Schedule
-from snapcore.protocol import OptimizerState
+from snapcore import CycleWarning, Program, ProtocolError, Schedule
+from snapcore.protocol import OptimizerState, Snapshot, as_program
 from snapcore.run import CountedRun, Recorder
 from snapcore.store import Tensors, read_point
-from snapcore_jax.counting import Optimizer, read_count, with_new_moments
+from snapcore_jax.counting import (
+    Optimizer,
+    follows_schedule,
+    injected_rates,
+    injected_settings,
+    number,
+    optimizer_name,
+    read_count,
+    read_other_counts,
+    refuse_strangers,
+    with_new_moments,
+)
 from snapcore_jax.distributed import own_group
 from snapcore_jax.donation import donated, refuse_unusable
-from snapcore_jax.state import Copy, dump_training, load_training, named_leaves, with_leaves
+from snapcore_jax.loaders import Memory, set_torch_state, torch_state
+from snapcore_jax.schedule import ASKED, refuse_uncountable
+from snapcore_jax.state import (
+    Copy,
+    dump_extras,
+    dump_training,
+    load_extras,
+    load_training,
+    named_leaves,
+    sums,
+    with_parts,
+)
 
 Batch = TypeVar("Batch")
 Variables = TypeVar("Variables")
@@ -25,30 +48,40 @@ _MISSING: Any = object()
 
 
 class SnapshotRun:
-    """Take snapshots from a training loop of your own, and go on after a kill.
+    """Take snapshots from a training loop of your own, and resume after a kill.
 
-    JAX's values do not change, so the loop hands them over and goes on with what it gets back: most often the same,
+    JAX's values do not change, so the loop hands them over and uses what it gets back: most often the same values,
     after a restart others. A snapshot is a copy made on the device before `step` returns, so updates may be given
     (donated) all that they were given before. The rate is the optimizer's own: build it with `snapshot_schedule`.
 
     An update is what the optimizer counts by its schedules, or with `optax.MultiSteps` by its gradient steps; what
     `optax.apply_if_finite` leaves out is not counted, and one call of `step` may follow several updates of a
     `lax.scan`. That count is read only when the end of a cycle may be reached, so that no update waits for it. Of an
-    optimizer without one, calls of `step` count.
+    optimizer without one, calls of `step` count. Counts that contradict each other are refused, never chosen from.
 
     Arguments:
         directory: the run's own; created. In several processes, one that all of them see.
         cycles_or_program: a schedule, or a program from `snapcore.program`.
-        resume: go on with an unfinished run that is there; False moves any run aside.
+        resume: resume an unfinished run that is there; False moves any run aside.
         resume_every: updates between two resume points, beside those at every cycle's end.
         init: for programs with `fresh` restarts: gives variables for a member number.
         optimizer: for programs that reset the optimizer: the `optax.GradientTransformation`, or a function from
             variables to a new optimizer state. Schedules keep their counts.
+        count: gives the optimizer's count of its updates from `rest`, where that is not to be found, or not the only
+            one: `lambda rest: rest["generator"][1].count`. None counts calls of `step`.
+        rate: the learning rate that the optimizer was built with, if it is neither `snapshot_schedule` of this
+            schedule nor kept in `rest` by `optax.inject_hyperparams`: a number, or a function of the count of updates.
+            `rate=cycles` says that the loop applies the schedule's rates itself.
+        state: more objects for resume points, by name, with `state_dict` and `load_state_dict` or with `get_state` and
+            `set_state`, as Grain's iterators have. A loader among them is taken to know its own position.
+        on_member: called with the `Snapshot` of each member as it is taken.
+        metrics: gives what to record with a member, by name; called with its `Snapshot`.
 
     Raises:
         StoreError: the directory holds a finished run or another program's, or one that cannot be resumed; is being
             written; or cannot be written.
         ProtocolError: the program needs `init` or `optimizer`, and it is missing.
+        ScheduleError: there are more updates than optax can count.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, optax
@@ -79,22 +112,41 @@ class SnapshotRun:
         resume_every: int | None = None,
         init: Callable[[int], Any] | None = None,
         optimizer: Optimizer | None = None,
+        count: Callable[[Any], Any] | None = read_count,
+        rate: float | Callable[[Any], Any] | None = None,
+        state: Mapping[str, Any] | None = None,
+        on_member: Callable[[Snapshot], object] | None = None,
+        metrics: Callable[[Snapshot], Mapping[str, float] | None] | None = None,
     ) -> None:
-        _check_needs(cycles_or_program, optimizer)
-        self._optimizer = optimizer
+        program = as_program(cycles_or_program)
+        if program.between.optimizer == "reset" and optimizer is None:
+            raise ProtocolError(
+                f"{program.method} resets the optimizer between members: pass optimizer=, the optax transformation, or "
+                "a function from variables to a new optimizer state"
+            )
+        refuse_uncountable(program.schedule)
+        self._optimizer, self._count, self._rate, self._extras = optimizer, count, rate, dict(state or {})
+        self._source = self._Source(self, init)
         self._recorder = Recorder(
             directory,
             cycles_or_program,
-            self._Source(self, init),
+            self._source,
             framework="jax",
             resume=resume,
             resume_every=resume_every,
             group=own_group(),
+            on_member=on_member,
+            metrics=metrics,
         )
         self._cursor = self._recorder.cursor
-        self._counted = CountedRun(self._recorder, self._read_count, hands_back=True)
+        self._counted = CountedRun(
+            self._recorder, self._read_count, hands_back=True, check=self._check, used_rate=self._used_rate
+        )
         self._variables = self._rest = _MISSING
-        self._begun, self._resumable = False, True
+        self._begun = self._rate_checked = False
+        self._resumable = True
+        self._sums: dict[str, float] | None = None
+        self._others: tuple[int, list[int]] | None = None
 
     @property
     def updates(self) -> int:
@@ -116,28 +168,41 @@ class SnapshotRun:
     @overload
     def start(self, variables: Variables, rest: Rest) -> tuple[Variables, Rest]: ...
     def start(self, variables: Any, rest: Any = _MISSING) -> Any:
-        """Return what to begin with: what is given, or what was saved if there is something to go on with.
+        """Return what to begin with: what is given, or what was saved if there is a run to resume.
 
         Arguments:
             variables: all that the forward pass needs, as any tree: Flax NNX modules and states, Linen variables,
                 Equinox modules, dictionaries. Random keys in it are saved, but are no part of a member.
-            rest: the optimizer's state, random keys, and whatever else the loop goes on with. Without it members are
+            rest: the optimizer's state, random keys, and whatever else the loop carries. Without it members are
                 taken as ever, but the run cannot be resumed.
 
         Returns:
             `variables`, or (`variables`, `rest`), of the same structure, dtypes and shardings.
 
         Raises:
-            ProtocolError: it was called before, or after the first `step`; or the program resets the optimizer, and
-                there is no `rest`.
+            ProtocolError: it was called before, or after the first `step`; the program resets the optimizer, and there
+                is no `rest`; `rest` is the state for other weights; or the updates in it cannot be counted.
+            StoreError: the run was trained by another optimizer, or an array is of a type that no file can hold.
             CorruptSnapshotError, DataError: the resume point cannot be read, or does not fit what is given.
         """
         if self._begun:
             raise ProtocolError("run.start is called once, before the first run.step")
+        refuse_unusable(_parts(variables, rest))
         self._begin(variables, rest)
+        refuse_strangers(variables, self._rest_or_nothing())
         self._recorder.start()
         if self._resumable:
-            self._find_count()
+            count = self._read_count()
+            self._counted.begun_at = None if count is None else count - self._cursor.step
+            if self._counted.begun_at:
+                log.warning(
+                    "%s: the optimizer has counted %d updates that this run has not seen; its schedule is that far "
+                    "ahead",
+                    self._recorder.directory,
+                    self._counted.begun_at,
+                )
+            self._sums = None if count is None else sums(self._variables)
+            self._note_other_counts()
         return self._held()
 
     @overload
@@ -145,7 +210,7 @@ class SnapshotRun:
     @overload
     def step(self, variables: Variables, rest: Rest) -> tuple[Variables, Rest]: ...
     def step(self, variables: Any, rest: Any = _MISSING) -> Any:
-        """Record the update just done, take what is due, and return what to go on with.
+        """Record the update just done, take what is due, and return what to continue with.
 
         Arguments:
             variables: as the update returned them.
@@ -155,10 +220,13 @@ class SnapshotRun:
             What was given, or after a restart other values of the same structure.
 
         Raises:
-            ProtocolError: an update came after the program had stopped; `rest` is missing, or was before; or an array
-                was donated to an update.
+            ProtocolError: an update came after the program had stopped; `rest` is missing, or was before; an array was
+                donated to an update; or the updates cannot be counted.
             StoreError, DivergedError: an earlier member could not be written or was refused.
-            SystemExit: with code 143, after a SIGTERM and its resume point.
+            SystemExit, KeyboardInterrupt: after a SIGTERM (with code 143) or a Ctrl-C, and its resume point.
+
+        Warns:
+            CycleWarning: once, if an update was done at another rate than the schedule's, or if that cannot be seen.
         """
         if self._counted.may_be_due() or self._recorder.asked_to_stop:
             refuse_unusable(_parts(variables, rest))
@@ -168,18 +236,31 @@ class SnapshotRun:
             self._recorder.record(0)  # raises what the writer has met
             return self._held()
         self._counted.look()
+        self._note_other_counts()
         held = self._held()
         if self.finished:
             self._let_go()
         return held
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the loader's batches, epoch after epoch, until the program stops; after a resume, go on where it was.
+        """Yield the loader's batches, epoch after epoch, until the program stops; after a resume, from where it was.
 
-        The order is exact if it depends on the random states of NumPy or Python, on a sampler's `set_epoch`, or on
-        nothing.
+        The order is exact if it is drawn when an epoch begins: from the random states of Python, NumPy or PyTorch, or
+        from a generator in the loader, its data set or its samplers; if it depends on `set_epoch`, or on numbers that
+        the loader counts itself; if a `tf.data.Dataset` shuffles with a seed; or if it is kept in the loader's own
+        state, given in `state=`.
+
+        Raises:
+            ProtocolError: a `tf.data.Dataset` is shuffled without a seed, or was walked before the run was resumed.
         """
-        return self._counted.batches(loader)
+        return self._counted.batches(self._source.use(loader), stateful=self._is_stateful(loader))
+
+    def epochs(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Iterator[Batch]]]:
+        """Yield each epoch's number, from 0, and its batches, until the program stops; see `batches`.
+
+        After a resume the first is the epoch that was under way, with the batches that are left of it.
+        """
+        return self._counted.epochs_of(self._source.use(loader), stateful=self._is_stateful(loader))
 
     def finish(self, reason: str) -> None:
         """End early, with an unfinished member if an update was done since the last one."""
@@ -218,7 +299,8 @@ class SnapshotRun:
                     "variables, rest = run.start(variables, rest), which gives back what was saved"
                 )
             self._begin(variables, rest)
-            self._counted.begun_at = None if read_count(self._rest_or_nothing()) is None else 0
+            self._rest = rest
+            self._counted.begun_at = None if self._read_count() is None else 0
         if (rest is not _MISSING) != self._resumable:
             raise ProtocolError(
                 "give run.step the rest (optimizer state, keys) at every update and at run.start, or never"
@@ -240,16 +322,6 @@ class SnapshotRun:
         self._variables, self._rest = variables, rest
         self._begun = True
 
-    def _find_count(self) -> None:
-        count = read_count(self._rest)
-        self._counted.begun_at = None if count is None else count - self._cursor.step
-        if self._counted.begun_at:
-            log.warning(
-                "%s: the optimizer has counted %d updates that this run has not seen; its schedule is that far ahead",
-                self._recorder.directory,
-                self._counted.begun_at,
-            )
-
     def _held(self) -> Any:
         return (self._variables, self._rest) if self._resumable else self._variables
 
@@ -259,20 +331,106 @@ class SnapshotRun:
     def _rest_or_nothing(self) -> Any:
         return self._rest if self._resumable else ()
 
+    def _is_stateful(self, loader: object) -> bool:
+        return any(loader is each for each in self._extras.values())
+
     def _read_count(self) -> int | None:
         refuse_unusable(self._parts())
-        return read_count(self._rest)
+        if self._count is None:
+            return None
+        count = self._count(self._rest_or_nothing())
+        return None if count is None else number(count)
+
+    def _check(self, new: int, calls: int) -> None:  # noqa: ARG002
+        """Refuse updates that are not seen or not counted right; see once that they have the schedule's rates."""
+        if new == 0:
+            self._refuse_unseen()
+            return
+        self._sums = None
+        if self._counted.begun_at is None and self._count is not None and self._others is not None:
+            step, before = self._others
+            counted = self._cursor.step + new - step
+            for count, earlier in zip(read_other_counts(self._rest_or_nothing()), before, strict=True):
+                if count - earlier != counted:
+                    raise ProtocolError(
+                        f"{counted} calls of run.step have come, but the optimizer has counted {count - earlier} "
+                        "updates: pass count=, a function from rest to its count, or count=None to count calls"
+                    )
+        if not self._rate_checked:
+            self._rate_checked = True
+            self._check_rate_is_known(self._cursor.step + new - 1)
+
+    def _refuse_unseen(self) -> None:
+        """Refuse an optimizer's state that has counted nothing, while all of the weights have changed."""
+        before, self._sums = self._sums, None
+        now = sums(self._variables) if before else {}
+        if before and not any(before.get(name) == value for name, value in now.items()):
+            raise ProtocolError(
+                "all weights have changed, but the optimizer's state in `rest` has counted no update: give run.step "
+                "the new state that the update returned"
+            )
+
+    def _note_other_counts(self) -> None:
+        """Remember what Adam and its like have counted, to compare with the calls that come."""
+        if self._counted.begun_at is None and self._count is not None and not self.finished:
+            self._others = self._cursor.step, read_other_counts(self._rest_or_nothing())
+
+    def _check_rate_is_known(self, step: int) -> None:
+        schedule = self._recorder.program.schedule
+        if not self._resumable or schedule in ASKED or self._used_rate(step) is not None:
+            return
+        if follows_schedule(self._rest):
+            raise ProtocolError(
+                "the optimizer follows another schedule than this run's: build it with snapshot_schedule(cycles), or "
+                "pass rate=, the schedule that it was built with"
+            )
+        warnings.warn(
+            "the optimizer does not ask for this run's rates, which are recorded with its members: build it with "
+            "snapshot_schedule(cycles), or pass rate=, what it was built with",
+            CycleWarning,
+            stacklevel=5,
+        )
+
+    def _used_rate(self, step: int) -> tuple[float, str] | None:
+        """Return the rate of the update after `step` others, and who sets it; None if it cannot be known."""
+        schedule, begun_at = self._recorder.program.schedule, self._counted.begun_at
+        if self._rate is not None:
+            rate = self._rate((begun_at or 0) + step) if callable(self._rate) else self._rate
+            return float(rate), "what was passed as rate="
+        planned = schedule(step)
+        rates = injected_rates(self._rest_or_nothing())
+        if rates:
+            used, rounding = min(rates, key=lambda each: abs(each[0] - planned))
+            near = abs(used - planned) <= rounding * schedule.lr
+            return planned if near else used, "the learning_rate of optax.inject_hyperparams"
+        if schedule not in ASKED and len(ASKED) == 1 and begun_at is not None:
+            (other,) = ASKED
+            return other(begun_at + step), f"snapshot_schedule({other})"
+        return None
 
     class _Source:
         """What is being trained, as the recorder sees it."""
 
         def __init__(self, run: "SnapshotRun", init: Callable[[int], Any] | None) -> None:
             self._run, self._init = run, init
+            self._memory: Memory | None = None
+            self._resumed: dict[str, Any] | None = None
+            self._drawn: list[int] = []
 
         @property
         def fresh(self) -> Callable[[int], Copy] | None:
             init = self._init
             return None if init is None else lambda member: Copy(named_leaves(init(member), random=False))
+
+        def use(self, loader: Iterable[Batch]) -> Iterable[Batch]:
+            """Take in the loader about to be walked, after a resume as it was."""
+            if self._memory is None or self._memory.loader is not loader:
+                self._memory = Memory(loader, resumable=self._run._resumable)
+            if self._resumed is not None and self._resumed["loader"] is not None:
+                self._memory.set_state(self._resumed["loader"])
+                self._memory.draw_again(self._drawn, self._run._recorder.epochs.state_dict()["epoch"])
+            self._resumed = None
+            return self._memory.walked(loader)
 
         def capture(self) -> Copy:
             return Copy(named_leaves(self._run._variables, random=False))
@@ -280,34 +438,40 @@ class SnapshotRun:
         def restore(self, tensors: Tensors | None, *, optimizer: OptimizerState) -> None:
             run = self._run
             if tensors is not None:
-                run._variables = with_leaves(run._variables, tensors, "a restart's member", random=False)
+                parts = run._variables, run._rest_or_nothing()
+                run._variables, rest = with_parts(parts, (tensors, None), "a restart's member", random=False)
+                run._rest = rest if run._resumable else _MISSING
             if optimizer == "reset":
                 run._rest = with_new_moments(run._optimizer, run._variables, run._rest)
 
         def dump(self) -> tuple[Copy, dict[str, Any]] | None:
             run = self._run
-            return (dump_training(run._variables, run._rest), {}) if run._resumable else None
+            if not run._resumable:
+                return None
+            drawn = [] if self._memory is None else self._memory.drawn
+            return dump_training(run._variables, run._rest), {"state": dump_extras(run._extras), "drawn": drawn}
 
-        def load(self, tensors: Tensors, values: dict[str, Any]) -> None:  # noqa: ARG002
+        def load(self, tensors: Tensors, values: dict[str, Any]) -> None:
             run = self._run
             run._variables, run._rest = load_training(run._variables, run._rest_or_nothing(), tensors)
+            load_extras(run._extras, values["state"])
+            self._drawn = values["drawn"]
 
-        def settings(self) -> dict[str, Any]:
-            return {}
+        def settings(self) -> dict[str, str | float | bool | None]:
+            rest = self._run._rest_or_nothing()
+            name = optimizer_name(rest)
+            return {**injected_settings(rest), **({"optimizer": name} if name else {})}
 
-        def random_state(self) -> None:
-            """Nothing: JAX's keys are among the arrays."""
+        def random_state(self) -> dict[str, Any]:
+            """Return the states that loaders draw from; JAX's own keys are among the arrays."""
+            return {"torch": torch_state(), "loader": None if self._memory is None else self._memory.state()}
 
-        def set_random_state(self, state: Any) -> None:
-            """Nothing to set."""
-
-
-def _check_needs(program: Schedule | Program, optimizer: object) -> None:
-    if isinstance(program, Program) and program.between.optimizer == "reset" and optimizer is None:
-        raise ProtocolError(
-            f"{program.method} resets the optimizer between members: pass optimizer=, the optax transformation, or a "
-            "function from variables to a new optimizer state"
-        )
+        def set_random_state(self, state: dict[str, Any]) -> None:
+            set_torch_state(state["torch"])
+            if self._memory is None:
+                self._resumed = state  # the loader is not known yet
+            elif state["loader"] is not None:
+                self._memory.set_state(state["loader"])
 
 
 def _parts(variables: Any, rest: Any) -> dict[str, Any]:

@@ -12,6 +12,13 @@ from snapcore import Schedule, ScheduleError
 
 Rate = Callable[[Any], Any]
 
+ASKED: set[Schedule] = set()
+"""The schedules that optax has asked for a rate in this process, when an update was traced or done.
+
+An optimizer's state does not say which rate it is used with. But an optimizer that was built with `snapshot_schedule`
+asks it; so a schedule that nobody has asked is one that no update has followed.
+"""
+
 
 class _Lax:
     """The operations of `Schedule.bind`, each of them one primitive: no nested function, no promotion on the way.
@@ -35,12 +42,14 @@ class _Lax:
 
     @staticmethod
     def real(value: Any) -> Any:
-        return lax.convert_element_type(value, jnp.result_type(float))
+        """Leave integers alone: what they are multiplied with is Python's float, and that makes a weakly typed one."""
+        return value
 
     def _filled(self, condition: Any, value: Any) -> Any:
         if isinstance(value, jax.Array):
             return value
-        return np.full(np.shape(condition), value, self._counts if type(value) is int else jnp.result_type(float))
+        shape = np.shape(condition)
+        return np.full(shape, value, self._counts) if type(value) is int else lax.full(shape, value)
 
 
 def snapshot_schedule(cycles: Schedule) -> Rate:
@@ -56,10 +65,12 @@ def snapshot_schedule(cycles: Schedule) -> Rate:
     Returns:
         A function of a Python or NumPy integer, which gives a float, exactly `cycles(step)`; or of an integer array,
         traced or not, of any shape, which gives an array of that shape. Arrays are clamped to 0 … steps − 1, since
-        what is traced cannot raise.
+        what is traced cannot raise. The array is weakly typed, like those of optax's own schedules: bfloat16 weights
+        times a rate are bfloat16.
 
     Raises:
-        ScheduleError: the function was called with a negative integer, or with what is no integer.
+        ScheduleError: more steps than optax counts, 2³¹ − 1; or the function was called with a negative integer, or
+            with what is no integer.
 
     Example:
         >>> import jax, optax
@@ -71,16 +82,29 @@ def snapshot_schedule(cycles: Schedule) -> Rate:
 
     Source: Huang et al., Snapshot Ensembles: Train 1, Get M for Free, ICLR 2017, equation 2.
     """
+    refuse_uncountable(cycles)
     last = cycles.steps - 1
 
     def rate(step: Any) -> Any:
         if not isinstance(step, jax.Array | np.ndarray):
             return cycles(step)
         counts = _counts(step)
+        if not counts.shape:  # an update's count, and not a row of steps to be plotted
+            ASKED.add(cycles)
         within = lax.clamp(counts.dtype.type(0), counts, counts.dtype.type(last))
         return cycles.bind(_Lax(counts.dtype), clamped=False)(within)
 
     return rate
+
+
+def refuse_uncountable(cycles: Schedule) -> None:
+    """Raise `ScheduleError` if there are more steps than optax can count."""
+    most = np.iinfo(np.int32).max
+    if cycles.steps > most:
+        raise ScheduleError(
+            f"steps must be below {most + 1:,}, since optax counts updates in int32; got {cycles.steps:,}: train in "
+            "several runs"
+        )
 
 
 def _counts(step: Any) -> Any:

@@ -1,5 +1,6 @@
-"""A tree's arrays on their way to the host, and all that training needs to go on."""
+"""A tree's arrays on their way to the host, and all that training needs to resume."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,12 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from snapcore import DataError
 from snapcore.run import WEIGHTS
 from snapcore.store import Tensors
 from snapcore_jax.distributed import whole
-from snapcore_jax.trees import is_key, named_leaves, with_leaves
+from snapcore_jax.trees import is_key, named_leaves, named_parts, with_leaves, with_parts
 
-__all__ = ["Copy", "dump_training", "load_training", "named_leaves", "with_leaves"]
+__all__ = [
+    "Copy",
+    "dump_extras",
+    "dump_training",
+    "load_extras",
+    "load_training",
+    "named_leaves",
+    "sums",
+    "with_leaves",
+    "with_parts",
+]
 
 REST = "rest/"
 """What the names of everything but the weights begin with in a resume point: moments, counts, random keys."""
@@ -36,29 +48,79 @@ class Copy:
 
     def resolve(self) -> dict[str, NDArray[Any]]:
         """Return the copy as host arrays that own their memory; bfloat16 as ml_dtypes' own, keys as their data."""
-        return {name: _owned(np.asarray(value)) for name, value in self._tensors.items()}
+        arrays = {name: np.asarray(value) for name, value in self._tensors.items()}
+        return {name: array if array.flags.owndata else array.copy() for name, array in arrays.items()}
 
 
 def dump_training(variables: Any, rest: Any = ()) -> Copy:
-    """Return a copy of all that training needs to go on, as `load_training` takes it.
+    """Return a copy of all that training needs to resume, as `load_training` takes it.
 
     Arguments:
         variables: whose arrays, but for random keys, become the members.
         rest: optimizer state, keys, anything else.
     """
+    own, others = named_parts(variables, rest)
     weights = named_leaves(variables, random=False)
-    keys = {name: value for name, value in named_leaves(variables).items() if name not in weights}
-    return Copy(_prefixed(WEIGHTS, weights) | _prefixed(_RANDOM, keys) | _prefixed(_OTHERS, named_leaves(rest)))
+    keys = {name: value for name, value in own.items() if name not in weights}
+    return Copy(_prefixed(WEIGHTS, weights) | _prefixed(_RANDOM, keys) | _prefixed(_OTHERS, others))
 
 
 def load_training(variables: Any, rest: Any, tensors: Tensors, what: str = "the resume point") -> tuple[Any, Any]:
-    """Return variables and rest like those given, with what `dump_training` copied.
+    """Return variables and rest like those given, with what `dump_training` copied; references stay shared.
 
     Raises:
         DataError: names or shapes are not those of `variables` and `rest`.
     """
     saved = _part(tensors, WEIGHTS) | _part(tensors, _RANDOM)
-    return with_leaves(variables, saved, what), with_leaves(rest, _part(tensors, _OTHERS), what)
+    new_variables, new_rest = with_parts((variables, rest), (saved, _part(tensors, _OTHERS)), what)
+    return new_variables, new_rest
+
+
+def sums(variables: Any) -> dict[str, float]:
+    """Return the sum of each array of floating-point weights by name: what can tell that it has changed."""
+    arrays = {
+        name: value
+        for name, value in named_leaves(variables, random=False).items()
+        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize > 1
+    }
+    summed = Copy(dict(zip(arrays, _sums(list(arrays.values())), strict=True))).resolve()
+    return {name: float(value) for name, value in summed.items()}
+
+
+def dump_extras(extras: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the states of objects as plain JSON; those of `get_state` may be bytes.
+
+    Raises:
+        DataError: one has no state that can be saved, or holds something that could only be pickled.
+    """
+    states: dict[str, Any] = {}
+    for name, each in extras.items():
+        get = getattr(each, "state_dict", None) or getattr(each, "get_state", None)
+        state = None if get is None else get()
+        states[name] = {"hex": state.hex()} if isinstance(state, bytes) else {"plain": state}
+        try:
+            json.dumps(states[name], allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"the state of {name!r} in state= must be plain JSON or bytes: {error}") from error
+        if get is None:
+            raise DataError(
+                f"{name!r} in state= is {type(each).__name__}, without state_dict or get_state: leave it out"
+            )
+    return states
+
+
+def load_extras(extras: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+    """Give objects back the states that `dump_extras` returned.
+
+    Raises:
+        DataError: others were saved.
+    """
+    if extras.keys() != states.keys():
+        raise DataError(f"state= was {sorted(states)} when the run was saved, got {sorted(extras)}: pass the same")
+    for name, each in extras.items():
+        state = states[name]
+        set_state = getattr(each, "load_state_dict", None) or each.set_state
+        set_state(bytes.fromhex(state["hex"]) if "hex" in state else state["plain"])
 
 
 def _local(value: Any) -> Any:
@@ -72,25 +134,26 @@ def _local(value: Any) -> Any:
 
 def _duplicated(tensors: dict[str, Any]) -> dict[str, Any]:
     """Copy what lies on the same devices in one call; two in one call would be moved together."""
-    places: dict[Any, list[str]] = {}
+    together: dict[Any, list[str]] = {}
     for name, value in tensors.items():
         if isinstance(value, jax.Array):
-            places.setdefault(frozenset(value.devices()), []).append(name)
+            together.setdefault(frozenset(value.devices()), []).append(name)
     copies = {
         name: copied
-        for names in places.values()
+        for names in together.values()
         for name, copied in zip(names, _copies([tensors[name] for name in names]), strict=True)
     }
     return {name: copies.get(name, value) for name, value in tensors.items()}
 
 
 @jax.jit
+def _sums(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.sum(array) for array in arrays]
+
+
+@jax.jit
 def _copies(arrays: list[jax.Array]) -> list[jax.Array]:
     return [jnp.copy(array) for array in arrays]
-
-
-def _owned(array: NDArray[Any]) -> NDArray[Any]:
-    return array if array.flags.owndata else array.copy()
 
 
 def _prefixed(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:

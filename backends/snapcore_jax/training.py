@@ -5,7 +5,6 @@ between two reports: losses stay on the device until a chunk of them is.
 """
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +37,7 @@ class Loop:
         schedule: the rate of every update.
         at_once: updates in one compiled call, at most: 1, or up to `CHUNK` in a compiled loop. A whole chunk and one
             that the end cuts short are done by the same code: so nothing is compiled anew for cycles of another
-            length, and wherever a run was interrupted, it goes on to the same bits.
+            length, and wherever a run was interrupted, it resumes to the same bits.
     """
 
     step: Step
@@ -70,7 +69,7 @@ class Loop:
         """Do updates `start … stop − 1`; report every loss, a chunk at a time.
 
         Arguments:
-            training: what to go on with; it is given away.
+            training: what to continue from; it is given away.
             key: what dropout and the like draw from in update `step` comes from this key and `step` alone.
             start: updates done before.
             stop: updates done after.
@@ -81,7 +80,8 @@ class Loop:
         updates = compiled(self.step, structure, keys_structure)
         losses: list[tuple[jax.Array, int]] = []
         reported = start
-        for begin, end in self._calls(start, stop):
+        for begin in range(start, stop, self.at_once):
+            end = min(begin + self.at_once, stop)
             leaves, latest = updates(leaves, keys, key, self.x, self.y, *self._numbers(begin, end))
             if begin - reported >= CHUNK:
                 reported = _flush(losses, reported, report)
@@ -89,9 +89,6 @@ class Loop:
         _flush(losses, reported, report)
         result: Training = jax.tree.unflatten(structure, leaves)
         return result
-
-    def _calls(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        return ((begin, min(begin + self.at_once, stop)) for begin in range(start, stop, self.at_once))
 
     def _numbers(self, start: int, stop: int) -> tuple[np.int32, np.int32, NDArray[Any], NDArray[np.int32]]:
         rates = np.array([self.schedule(step) for step in range(start, stop)], jnp.result_type(float))
@@ -127,11 +124,11 @@ def compiled(step: Step, structure: Any, keys_structure: Any) -> Any:
     ) -> tuple[list[Any], Any]:
         own = jax.tree.unflatten(keys_structure, keys)
 
-        def update(place: Any, carry: tuple[Training, Any]) -> tuple[Training, Any]:
+        def update(index: Any, carry: tuple[Training, Any]) -> tuple[Training, Any]:
             training, losses = carry
-            fresh, batch = _reseeded(own, jax.random.fold_in(key, first + place)), rows[place]
-            training, loss = step(training, fresh, x[batch], y[batch], rates[place])
-            return training, losses.at[place].set(loss)
+            fresh, batch = _reseeded(own, jax.random.fold_in(key, first + index)), rows[index]
+            training, loss = step(training, fresh, x[batch], y[batch], rates[index])
+            return training, losses.at[index].set(loss)
 
         begun = jax.tree.unflatten(structure, leaves), jnp.zeros_like(rates)
         # A loop of one turn is still a loop to XLA.
@@ -142,13 +139,13 @@ def compiled(step: Step, structure: Any, keys_structure: Any) -> Any:
 
 
 def _reseeded(keys: Any, key: Any) -> Any:
-    """Give every random key a value of its own, made of `key` and its place, and every count of draws a 0."""
+    """Give every random key a value of its own, made of `key` and its position, and every count of draws a 0."""
     leaves, treedef = jax.tree.flatten(keys)
     return jax.tree.unflatten(
         treedef,
         [
-            jax.random.split(jax.random.fold_in(key, place), leaf.shape) if is_key(leaf) else jnp.zeros_like(leaf)
-            for place, leaf in enumerate(leaves)
+            jax.random.split(jax.random.fold_in(key, position), leaf.shape) if is_key(leaf) else jnp.zeros_like(leaf)
+            for position, leaf in enumerate(leaves)
         ],
     )
 

@@ -2,10 +2,13 @@
 
 A tree is anything that JAX takes: dictionaries, tuples, registered dataclasses, Flax NNX modules and states, Linen
 variables, Equinox modules. A name is the path to the array, its parts joined by `/`.
+
+All NNX objects of several trees are split and merged together. They hold references: an optimizer that has its model,
+or two towers with one embedding, must still share it afterwards. What is shared is named once, where it comes first.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,13 +42,22 @@ def named_leaves(tree: Any, *, random: bool = True) -> dict[str, Any]:
         >>> list(named_leaves({"dense": (np.zeros(2), np.ones(3))}))
         ['dense/0', 'dense/1']
     """
-    named: dict[str, Any] = {}
-    for leaf in _flatten(tree).leaves:
+    return named_parts(tree, random=random)[0]
+
+
+def named_parts(*trees: Any, random: bool = True) -> tuple[dict[str, Any], ...]:
+    """Return the arrays by name of each of several trees; one that NNX objects share is in the first that has it.
+
+    Raises:
+        DataError: as `named_leaves`.
+    """
+    named: tuple[dict[str, _Leaf], ...] = tuple({} for _ in trees)
+    for leaf in _flatten(trees).leaves:
         name = _name(leaf.path)
-        if name in named:
+        if name in named[leaf.tree]:
             raise DataError(f"two arrays are called {name!r}: a name is a path joined by '/', so use no '/' in a key")
-        named[name] = leaf
-    return {name: leaf.value for name, leaf in named.items() if random or not leaf.random}
+        named[leaf.tree][name] = leaf
+    return tuple({name: leaf.value for name, leaf in part.items() if random or not leaf.random} for part in named)
 
 
 def with_leaves(tree: Any, tensors: Tensors, what: str = "the member", *, random: bool = True) -> Any:
@@ -60,20 +72,44 @@ def with_leaves(tree: Any, tensors: Tensors, what: str = "the member", *, random
     Raises:
         DataError: names or shapes are not the tree's.
     """
-    wanted = named_leaves(tree, random=random)
-    check_fit(
-        {name: np.shape(array) for name, array in tensors.items()},
-        {name: _shape(value) for name, value in wanted.items()},
-        what,
-    )
-    flat = _flatten(tree)
-    names = [(_name(leaf.path), leaf.value) for leaf in flat.leaves]
-    values = [_like(value, tensors[name]) if name in wanted else value for name, value in names]
+    return with_parts((tree,), (tensors,), what, random=random)[0]
+
+
+def with_parts(
+    trees: tuple[Any, ...], tensors: Sequence[Tensors | None], what: str, *, random: bool = True
+) -> tuple[Any, ...]:
+    """Return trees like those given, each with named arrays for its own; what NNX objects share, they share again.
+
+    Arguments:
+        trees: left alone.
+        tensors: of each tree, as `named_parts` names them; None keeps its arrays.
+        what: as for `with_leaves`.
+        random: as for `with_leaves`.
+
+    Raises:
+        DataError: names or shapes are not a tree's; nothing was made by then.
+    """
+    wanted = named_parts(*trees, random=random)
+    for given, part in zip(tensors, wanted, strict=True):
+        if given is not None:
+            check_fit(
+                {name: np.shape(array) for name, array in given.items()},
+                {name: _shape(value) for name, value in part.items()},
+                what,
+            )
+    flat, values = _flatten(trees), []
+    for leaf in flat.leaves:
+        name, given = _name(leaf.path), tensors[leaf.tree]
+        replaced = given is not None and name in wanted[leaf.tree]
+        values.append(_like(leaf.value, given[name]) if given is not None and replaced else leaf.value)
     jax.block_until_ready(values)  # JAX reads host memory later, and it is the caller's
-    return flat.rebuild(iter(values))
+    rebuilt: tuple[Any, ...] = flat.rebuild(iter(values))
+    return rebuilt
 
 
 class _Leaf(NamedTuple):
+    tree: int
+    """Which of several trees it is in."""
     path: _Path
     value: Any
     random: bool
@@ -85,37 +121,52 @@ class _Flat(NamedTuple):
     """Takes as many values as there are leaves, and makes the tree of them."""
 
 
-def _flatten(tree: Any) -> _Flat:
-    pairs, treedef = tree_flatten_with_path(tree, is_leaf=_is_object)
-    parts = [_opened(path, value) for path, value in pairs]
-    leaves = [leaf for part in parts for leaf in part.leaves]
-    return _Flat(leaves, lambda values: tree_unflatten(treedef, [part.rebuild(values) for part in parts]))
+def _flatten(trees: tuple[Any, ...]) -> _Flat:
+    pairs, treedef = tree_flatten_with_path(trees, is_leaf=_is_object)
+    opened = [None if _is_nnx(value) else _opened(path, value) for path, value in pairs]
+    shared = [(path, value) for path, value in pairs if _is_nnx(value)]
+    together = _opened_together(shared) if shared else _Flat([], lambda _: [])
+    leaves = [leaf for part in opened if part is not None for leaf in part.leaves]
+
+    def rebuild(values: Iterator[Any]) -> Any:
+        others = [None if part is None else part.rebuild(values) for part in opened]
+        objects = iter(together.rebuild(values))
+        return tree_unflatten(
+            treedef, [next(objects) if part is None else other for part, other in zip(opened, others, strict=True)]
+        )
+
+    return _Flat([*leaves, *together.leaves], rebuild)
 
 
 def _opened(path: _Path, value: Any) -> _Flat:
-    if _is(value, "flax.nnx", "Pytree"):
-        return _opened_module(path, value)
-    if _is(value, "flax.nnx", "Variable"):
-        return _opened_variable(path, value)
     if _is(value, "equinox", "Module"):
         return _opened_equinox(path, value)
     if not _is_array(value) and not isinstance(value, _NUMBERS):
-        raise DataError(_not_an_array(path, value, "keep only what is trained or counted in the tree"))
-    return _Flat([_Leaf(path, value, random=is_key(value))], next)
+        raise DataError(_not_an_array(path[1:], value, "keep only what is trained or counted in the tree"))
+    return _Flat([_leaf(path, value, random=is_key(value))], next)
 
 
-def _opened_module(path: _Path, module: Any) -> _Flat:
+def _opened_together(objects: list[tuple[_Path, Any]]) -> _Flat:
     nnx = sys.modules["flax.nnx"]
-    graph, state = nnx.split(module)  # a variable that two modules share is in the state once
-    flat = _flatten(state)
-    return _Flat(_under(path, flat.leaves), lambda values: nnx.merge(graph, flat.rebuild(values)))
+    graph, state = nnx.split([value for _, value in objects])  # a variable that two share is in the state once
+    pairs, treedef = tree_flatten_with_path(state, is_leaf=lambda value: _is(value, "flax.nnx", "Variable"))
+    # An inner path begins with the object's index in the list; the outer path says where that is.
+    paths = [(*objects[inner[0].key][0], *inner[1:]) for inner, _ in pairs]
+    parts = [
+        _opened_variable(path, value) if _is(value, "flax.nnx", "Variable") else _opened(path, value)
+        for path, (_, value) in zip(paths, pairs, strict=True)
+    ]
+    leaves = [leaf for part in parts for leaf in part.leaves]
+    return _Flat(
+        leaves, lambda values: nnx.merge(graph, tree_unflatten(treedef, [part.rebuild(values) for part in parts]))
+    )
 
 
 def _opened_variable(path: _Path, variable: Any) -> _Flat:
     pairs, treedef = tree_flatten_with_path(variable)
     random = _is(variable, "flax.nnx", "RngState")
     # The first key is the variable's own attribute, which no name of Flax mentions.
-    leaves = [_Leaf((*path, *inner[1:]), value, random or is_key(value)) for inner, value in pairs]
+    leaves = [_leaf((*path, *inner[1:]), value, random=random or is_key(value)) for inner, value in pairs]
     return _Flat(leaves, lambda values: tree_unflatten(treedef, [next(values) for _ in leaves]))
 
 
@@ -123,16 +174,24 @@ def _opened_equinox(path: _Path, module: Any) -> _Flat:
     pairs, treedef = tree_flatten_with_path(module)
     for inner, value in pairs:
         if not (_is_array(value) or callable(value) or isinstance(value, _STATIC)):
-            raise DataError(_not_an_array((*path, *inner), value, "make it a static field: eqx.field(static=True)"))
-    leaves = [_Leaf((*path, *inner), value, is_key(value)) for inner, value in pairs if _is_array(value)]
+            raise DataError(_not_an_array((*path[1:], *inner), value, "make it a static field: eqx.field(static=True)"))
+    leaves = [_leaf((*path, *inner), value, random=is_key(value)) for inner, value in pairs if _is_array(value)]
     return _Flat(
         leaves,
         lambda values: tree_unflatten(treedef, [next(values) if _is_array(value) else value for _, value in pairs]),
     )
 
 
+def _leaf(path: _Path, value: Any, *, random: bool) -> _Leaf:
+    return _Leaf(path[0].idx, path[1:], value, random)
+
+
 def _is_object(value: Any) -> bool:
-    return _is(value, "flax.nnx", "Pytree") or _is(value, "flax.nnx", "Variable") or _is(value, "equinox", "Module")
+    return _is_nnx(value) or _is(value, "equinox", "Module")
+
+
+def _is_nnx(value: Any) -> bool:
+    return _is(value, "flax.nnx", "Pytree") or _is(value, "flax.nnx", "Variable")
 
 
 def _is(value: Any, module: str, name: str) -> bool:
@@ -156,10 +215,6 @@ def _not_an_array(path: _Path, value: Any, cure: str) -> str:
 
 def _name(path: _Path) -> str:
     return keystr(path, simple=True, separator="/") or "value"  # a tree that is one array
-
-
-def _under(path: _Path, leaves: Iterable[_Leaf]) -> list[_Leaf]:
-    return [leaf._replace(path=(*path, *leaf.path)) for leaf in leaves]
 
 
 def _shape(value: Any) -> tuple[int, ...]:

@@ -10,6 +10,8 @@ Batch = TypeVar("Batch")
 
 _INNER = ("sampler", "batch_sampler", "dataset", "base_dataloader", "dataloader", "loader", "_loader")
 _END: Any = object()
+_MOST_MICRO_BATCHES = 1000
+"""Batches, all of them recorded, without an update: an update may take several epochs of a small data set."""
 
 
 class Epochs:
@@ -81,9 +83,10 @@ class Epochs:
             stateful: whether the loader's own state says where it is, so that nothing is skipped.
 
         Raises:
-            ProtocolError: the loader is empty, or a whole epoch passed without an update being recorded.
+            ProtocolError: the loader is empty, or a whole epoch passed without a batch being recorded.
         """
         self.load_state_dict(self._position)  # what an earlier walk has given and nobody used is given again
+        idle = 0
         while not self._cursor.finished:
             before, first = self._cursor.step, self._given
             yield self._epoch, self._batches(loader, stateful)
@@ -91,8 +94,9 @@ class Epochs:
                 return
             if self._given == 0:
                 raise ProtocolError("the loader gave no batch: it must be one that can be walked again every epoch")
-            if self._cursor.step == before and first == 0:
-                raise ProtocolError(f"no update in {self._given} batches: call run.step() after every optimizer step")
+            idle = idle + self._given if self._cursor.step == before else 0
+            if idle and first == 0 and (self._unused or idle > _MOST_MICRO_BATCHES):
+                raise ProtocolError(f"no update in {idle} batches: call run.step() after every optimizer step")
             all_used = not self._unused
             self._epoch, self._random, self._given = self._epoch + 1, None, 0
             if all_used:  # else those that are left are given again, and then the next epoch

@@ -369,3 +369,74 @@ def test_the_samplers_set_epoch_is_called_through_the_run(tmp_path):
         run.look()
     run.close(exact=True)
     assert epochs == [0, 1]
+
+
+def followed(directory, rate, *, finish=None):
+    """Walk by batches at a rate that is known; return what members record."""
+    numbers = Numbers()
+    recorder = Recorder(directory, CosineCycles(lr=0.1, steps=20, cycles=2), numbers, framework="numpy")
+    run = CountedRun(recorder, lambda: numbers.count, hands_back=True, used_rate=lambda step: rate and (rate, "a hand"))
+    run.begun_at = 0
+    for _ in run.batches(range(3)):
+        numbers.count += 1
+        recorder.epochs.settle()
+        if run.call():
+            run.look()
+        if numbers.count == finish:
+            run.finish("enough")
+    run.close(exact=True)
+    return [(member.step, member.lr) for member in SnapshotStore(directory).members]
+
+
+@pytest.mark.parametrize("finish", [None, 13])
+def test_the_rate_that_was_used_is_what_members_record(tmp_path, finish):
+    with pytest.warns(CycleWarning, match=r"update 1 was done at the rate 0\.3, .*: a hand sets it") as caught:
+        found = followed(tmp_path / "run", 0.3, finish=finish)
+    assert found == [(10, 0.3), (finish or 20, 0.3)]
+    assert len([each for each in caught if "a hand" in str(each.message)]) == 1
+
+
+def test_where_no_rate_is_known_the_schedules_is_recorded(tmp_path):
+    cycles = CosineCycles(lr=0.1, steps=20, cycles=2)
+    assert followed(tmp_path / "run", None) == [(10, cycles(9)), (20, cycles(19))]
+
+
+def test_before_the_first_update_there_is_no_rate_to_be_asked_for(tmp_path):
+    numbers = Numbers()
+    recorder = Recorder(tmp_path, CosineCycles(lr=0.1, steps=20, cycles=2), numbers, framework="numpy")
+    run = CountedRun(recorder, lambda: numbers.count, used_rate=lambda step: pytest.fail(f"asked for step {step}"))
+    run.begun_at = 0
+    assert run.call()
+    assert run.look() == ()
+    run.close(exact=False)
+
+
+def test_batches_that_are_recorded_may_fill_several_epochs_before_an_update_but_not_for_ever(tmp_path):
+    numbers = Numbers()
+    recorder = Recorder(tmp_path, CosineCycles(lr=0.1, steps=20, cycles=2), numbers, framework="numpy")
+    run = CountedRun(recorder, lambda: numbers.count)
+    run.begun_at = 0
+
+    def loop():
+        for number, _ in enumerate(run.batches(range(7)), 1):
+            numbers.count = min(number // 500, 3)
+            recorder.epochs.settle()
+            if run.call():
+                run.look()
+
+    with pytest.raises(ProtocolError, match=r"no update in 1001 batches: call run\.step\(\)"):
+        loop()
+    assert recorder.cursor.step == 3
+    run.close(exact=False)
+
+
+def test_epochs_of_a_loader_that_keeps_its_own_position_are_not_walked_through_again(tmp_path):
+    numbers = Numbers()
+    recorder = Recorder(tmp_path, CosineCycles(lr=0.1, steps=20, cycles=2), numbers, framework="numpy")
+    run = CountedRun(recorder, lambda: numbers.count)
+    run.begun_at = 0
+    recorder.epochs.load_state_dict({"epoch": 4, "batches": 2, "random": recorder._random_state()})
+    for stateful, first in ((True, 0), (False, 2)):
+        epoch, batches = next(run.epochs_of(range(7), stateful=stateful))
+        assert (epoch, next(batches)) == (4, first)
+    run.close(exact=False)

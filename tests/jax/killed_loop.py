@@ -21,8 +21,8 @@ class Shuffled:
     """Six batches an epoch, in an order that NumPy's global generator draws."""
 
     def __iter__(self):
-        for place in np.random.permutation(6):
-            yield jnp.linspace(-1, 1, 12).reshape(4, 3) + place / 10
+        for index in np.random.permutation(6):
+            yield jnp.linspace(-1, 1, 12).reshape(4, 3) + index / 10
 
 
 def make_update(tx):

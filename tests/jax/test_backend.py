@@ -103,7 +103,7 @@ def test_members_have_the_names_of_the_modules_own_paths(digits, tmp_path):
 @pytest.mark.parametrize(
     ("method", "at"), [("snapshot", 1), ("snapshot", 16), ("snapshot", 23), ("independent", 70), ("star", 33)]
 )
-def test_a_run_that_was_broken_off_goes_on_to_the_members_of_one_that_was_not(method, at, digits, tmp_path):
+def test_a_run_that_was_broken_off_resumes_to_the_members_of_one_that_was_not(method, at, digits, tmp_path):
     def breaking(step, loss):
         if step == at:
             raise KeyboardInterrupt
@@ -166,7 +166,7 @@ def test_what_was_restored_is_not_the_callers_arrays(digits):
     assert same(weights(restored), expected)
 
 
-def test_adam_is_reset_with_its_own_count_and_the_rate_goes_on(digits):
+def test_adam_is_reset_with_its_own_count_and_the_rate_continues(digits):
     def adam(rate):
         return optax.adam(rate)
 

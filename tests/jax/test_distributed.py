@@ -1,4 +1,4 @@
-"""Several processes train one model: one run directory, the members of a single process, and all go on together."""
+"""Several processes train one model: one run directory, the members of a single process, and all resume together."""
 
 import signal
 import socket
@@ -70,14 +70,14 @@ def test_two_processes_write_one_run_with_the_members_of_a_single_process(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "run"]
 
 
-def test_when_one_is_asked_to_stop_all_leave_at_the_same_update_and_go_on_together(tmp_path, alone):
+def test_when_one_is_asked_to_stop_all_leave_at_the_same_update_and_resume_together(tmp_path, alone):
     assert start(tmp_path / "run", "sharded", 2, [(1, 43, "SIGTERM")]) == [143, 143]
     assert [member.step for member in SnapshotStore(tmp_path / "run").members] == [40]
     assert start(tmp_path / "run", "sharded", 2) == [0, 0]
     assert_close(members(tmp_path / "run"), alone)
 
 
-def test_when_one_is_killed_they_go_on_from_the_resume_point_before_in_other_numbers_too(tmp_path, alone):
+def test_when_one_is_killed_they_resume_from_the_resume_point_before_in_other_numbers_too(tmp_path, alone):
     assert start(tmp_path / "run", "sharded", 2, [(0, 57, "SIGKILL")], waits=[0]) == [-signal.SIGKILL]
     assert start(tmp_path / "run", "replicated", 1) == [0]
     assert_close(members(tmp_path / "run"), alone)

@@ -66,9 +66,9 @@ def test_the_convolutional_network_is_three_normalised_blocks_and_a_hidden_layer
     model.eval()
     x, w = random.normal(size=(2, 3, 9, 16)).astype(np.float32), host(model)
     images = x
-    for place in range(3):
-        norm = {name: w[f"blocks/{place}/norm/{name}"][:, None, None] for name in ("mean", "var", "scale", "bias")}
-        images = convolved(images, w[f"blocks/{place}/convolution/kernel"])
+    for index in range(3):
+        norm = {name: w[f"blocks/{index}/norm/{name}"][:, None, None] for name in ("mean", "var", "scale", "bias")}
+        images = convolved(images, w[f"blocks/{index}/convolution/kernel"])
         images = (images - norm["mean"]) / np.sqrt(norm["var"] + 1e-5) * norm["scale"] + norm["bias"]
         images = pooled(relu(images))
     flat = images.transpose(0, 2, 3, 1).reshape(2, -1)

@@ -81,8 +81,8 @@ def test_a_program_with_a_reset_and_no_optimizer_is_refused_before_anything_is_w
 
 def test_a_program_with_a_reset_needs_the_state_it_is_to_reset(tmp_path):
     star = program("star", lr=0.1, steps=12, cycles=3)
-    told = r"star resets the optimizer: give run\.start its state too"
-    with SnapshotRun(tmp_path / "run", star, optimizer=TX) as run, pytest.raises(ProtocolError, match=told):
+    refused = r"star resets the optimizer: give run\.start its state too"
+    with SnapshotRun(tmp_path / "run", star, optimizer=TX) as run, pytest.raises(ProtocolError, match=refused):
         run.start(make())
 
 
@@ -105,7 +105,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_new_moments_are_those_of_a_new_optimizer_and_the_schedules_go_on(name):
+def test_new_moments_are_those_of_a_new_optimizer_and_the_schedules_continue(name):
     """The oracle: the rate of the next update, and all else as `init` makes it."""
     tx, params = OPTIMIZERS[name], make()
     state = tx.init(params)

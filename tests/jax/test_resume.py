@@ -66,7 +66,7 @@ OPTIMIZERS = {
     ],
 )
 def test_killed_after_any_call_and_started_again_the_members_are_the_same_bits(tmp_path, name, numbers, every):
-    """Nobody else can go on with a run exactly: the users who ask are told to start again."""
+    """Nobody else can resume a run exactly: the users who ask are advised to start again."""
     tx, calls = OPTIMIZERS[name]
     update = killed_loop.make_update(tx)
     np.random.seed(0)
@@ -82,7 +82,7 @@ def test_killed_after_any_call_and_started_again_the_members_are_the_same_bits(t
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
-def test_a_process_that_is_really_killed_goes_on_in_another(tmp_path, name):
+def test_a_process_that_is_really_killed_resumes_in_another(tmp_path, name):
     def start(directory, *arguments):
         log = tmp_path / f"{directory} {len(arguments)}"
         return Forked(SCRIPT, tmp_path / directory, *arguments, log=log, strict=True, OMP_NUM_THREADS="1")
@@ -95,7 +95,7 @@ def test_a_process_that_is_really_killed_goes_on_in_another(tmp_path, name):
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
-def test_an_nnx_model_with_dropout_and_batch_statistics_goes_on_exactly(tmp_path):
+def test_an_nnx_model_with_dropout_and_batch_statistics_resumes_exactly(tmp_path):
     class Model(nnx.Module):
         def __init__(self, rngs):
             self.linear = nnx.Linear(3, 4, rngs=rngs)
@@ -148,12 +148,17 @@ def test_an_unfinished_run_is_not_begun_anew_by_a_loop_that_does_not_start(tmp_p
 def test_another_optimizer_or_model_than_before_is_refused_by_name(tmp_path):
     leave(tmp_path / "run")
     params, rest = killed_loop.begin(optax.sgd(RATE))
-    told = r"the resume point does not fit the model .*'0/0/mu/b' \(2,\) is not in the model"
-    with SnapshotRun(tmp_path / "run", CYCLES) as run, pytest.raises(DataError, match=told):
+    refused = r"a run trained by ScaleByAdamState ScaleByScheduleState, got ScaleByScheduleState: give that optimizer"
+    with SnapshotRun(tmp_path / "run", CYCLES) as run, pytest.raises(StoreError, match=refused):
         run.start(params, rest)
+    params, (_, key) = killed_loop.begin(OPTIMIZERS["adam"][0])
+    of_one_alone = OPTIMIZERS["adam"][0].init({"b": params["b"]})
+    refused = r"the resume point does not fit the model .*'0/0/mu/w' \(3, 2\) is not in the model"
+    with SnapshotRun(tmp_path / "run", CYCLES) as run, pytest.raises(DataError, match=refused):
+        run.start(params, (of_one_alone, key))
     params, rest = killed_loop.begin(OPTIMIZERS["adam"][0])
-    told = r"the resume point does not fit the model .*'w' \(3, 2\) is not in the model"
-    with SnapshotRun(tmp_path / "run", CYCLES) as run, pytest.raises(DataError, match=told):
+    refused = r"the resume point does not fit the model .*'w' \(3, 2\) is not in the model"
+    with SnapshotRun(tmp_path / "run", CYCLES) as run, pytest.raises(DataError, match=refused):
         run.start({"b": params["b"]}, rest)
     with SnapshotRun(tmp_path / "run", CYCLES) as run, pytest.raises(DataError, match="the resume point"):
         run.start(params)

@@ -11,7 +11,6 @@ import pytest
 
 from snapcore import CosineCycles, CycleWarning, ProtocolError, StoreError
 from snapcore.store import SnapshotStore
-from snapcore_jax import run as run_module
 from snapcore_jax.counting import read_count
 from snapcore_jax.run import SnapshotRun
 from snapcore_jax.schedule import snapshot_schedule
@@ -75,7 +74,7 @@ def test_the_optimizers_own_count_is_found_whatever_it_is_wrapped_in(tmp_path, n
 @pytest.mark.parametrize("tx", [optax.sgd(0.1), optax.sgd(0.1, momentum=0.9), optax.adam(0.1), optax.lion(0.1)])
 def test_without_a_schedule_in_it_calls_count(tmp_path, tx):
     assert read_count(tx.init(PARAMS)) is None
-    run, updates = walk(tmp_path / "run", tx, 12)
+    run, updates = walk(tmp_path / "run", tx, 12, rate=CYCLES)
     assert (updates, run.finished, steps(tmp_path / "run")) == (list(range(1, 13)), True, [4, 8, 12])
 
 
@@ -83,7 +82,7 @@ def test_without_a_schedule_in_it_calls_count(tmp_path, tx):
 def test_micro_batches_between_two_updates_do_not_count(tmp_path, inner):
     """Users ask for cycles that are right under gradient accumulation."""
     tx = optax.MultiSteps(inner, 4).gradient_transformation()
-    run, updates = walk(tmp_path / "run", tx, 48)
+    run, updates = walk(tmp_path / "run", tx, 48, rate=CYCLES)
     assert updates == [call // 4 for call in range(1, 49)]
     assert (run.finished, steps(tmp_path / "run")) == (True, [4, 8, 12])
 
@@ -109,14 +108,13 @@ def test_an_update_that_the_loop_itself_left_out_does_not_count(tmp_path):
     assert steps(tmp_path / "run") == [4, 8, 12]
 
 
-def test_the_count_is_read_only_when_the_end_of_a_cycle_may_be_reached(tmp_path, monkeypatch):
+def test_the_count_is_read_only_when_the_end_of_a_cycle_may_be_reached(tmp_path):
     """Reading waits for the update; a loop that reads at every one runs at the speed of the host."""
     reads = []
-    monkeypatch.setattr(run_module, "read_count", lambda rest: reads.append(1) or read_count(rest))
     cycles = CosineCycles(lr=0.1, steps=300, cycles=3)
     tx = optax.sgd(snapshot_schedule(cycles))
     params, state = PARAMS, tx.init(PARAMS)
-    with SnapshotRun(tmp_path / "run", cycles) as run:
+    with SnapshotRun(tmp_path / "run", cycles, count=lambda rest: reads.append(1) or read_count(rest)) as run:
         params, state = run.start(params, state)
         for _ in range(300):
             params, state = run.step(*update(tx, params, state, gradients()))
@@ -146,8 +144,8 @@ def test_a_late_call_is_warned_of_and_recorded_with_the_true_step(tmp_path):
             params, state = run.step(*update(tx, params, state, gradients()))
         for _ in range(3):
             params, state = update(tx, params, state, gradients())
-        told = "member 1 was due after update 4 and is taken 2 updates late"
-        with pytest.warns(CycleWarning, match=told) as caught:
+        warned = "member 1 was due after update 4 and is taken 2 updates late"
+        with pytest.warns(CycleWarning, match=warned) as caught:
             run.step(params, state)
         assert caught[0].filename == __file__
     (member,) = SnapshotStore(tmp_path / "run").members
@@ -192,17 +190,17 @@ def test_the_rate_of_the_next_update_can_be_asked_for(tmp_path):
 @pytest.mark.parametrize("length", [1, 5, 30])
 def test_batches_come_epoch_after_epoch_until_the_program_stops(tmp_path, tx, length):
     seen = []
-    with SnapshotRun(tmp_path / "run", CYCLES) as run:
+    with SnapshotRun(tmp_path / "run", CYCLES, rate=CYCLES) as run:
         params, state = run.start(PARAMS, tx.init(PARAMS))
         for batch in run.batches(range(length)):
             seen.append(batch)
             params, state = run.step(*update(tx, params, state, gradients()))
-    assert seen == [place % length for place in range(12)]
+    assert seen == [index % length for index in range(12)]
 
 
 @pytest.mark.parametrize("tx", [COUNTING["sgd"], optax.sgd(0.1)])
 def test_finishing_early_takes_an_unfinished_member(tmp_path, tx):
-    with SnapshotRun(tmp_path / "run", CYCLES) as run:
+    with SnapshotRun(tmp_path / "run", CYCLES, rate=CYCLES) as run:
         params, state = run.start(PARAMS, tx.init(PARAMS))
         for _ in range(6):
             params, state = run.step(*update(tx, params, state, gradients()))
@@ -254,7 +252,7 @@ def test_start_is_called_once_and_first(tmp_path, begin):
             run.start(PARAMS, ())
 
 
-def test_leaving_between_an_update_and_its_step_goes_on_after_the_member_before(tmp_path, caplog):
+def test_leaving_between_an_update_and_its_step_resumes_after_the_member_before(tmp_path, caplog):
     donating = jax.jit(lambda params, state: update(COUNTING["sgd"], params, state, gradients()), donate_argnums=(0, 1))
     params = jax.tree.map(jnp.copy, PARAMS)
     with caplog.at_level(logging.WARNING, "snapcore"), SnapshotRun(tmp_path / "run", CYCLES) as run:
@@ -270,7 +268,7 @@ def test_leaving_between_an_update_and_its_step_goes_on_after_the_member_before(
 @pytest.mark.parametrize("tx", [COUNTING["sgd"], optax.sgd(0.1)])
 def test_an_exception_in_the_loop_keeps_the_members_frees_the_directory_and_says_how_far_it_came(tmp_path, tx, caplog):
     def interrupted_loop():
-        with SnapshotRun(tmp_path / "run", CYCLES) as run:
+        with SnapshotRun(tmp_path / "run", CYCLES, rate=CYCLES) as run:
             params, state = run.start(PARAMS, tx.init(PARAMS))
             for _ in range(6):
                 params, state = run.step(*update(tx, params, state, gradients()))
@@ -285,7 +283,7 @@ def test_an_exception_in_the_loop_keeps_the_members_frees_the_directory_and_says
 
 @pytest.mark.parametrize("tx", [COUNTING["sgd"], optax.sgd(0.1)])
 def test_closing_a_run_again_that_an_exception_in_the_loop_has_closed_does_nothing(tmp_path, tx, caplog):
-    run = SnapshotRun(tmp_path / "run", CYCLES)
+    run = SnapshotRun(tmp_path / "run", CYCLES, rate=CYCLES)
 
     def interrupted_loop():
         with run:
@@ -306,7 +304,7 @@ def test_closing_a_run_again_that_an_exception_in_the_loop_has_closed_does_nothi
 @pytest.mark.parametrize("tx", [COUNTING["sgd"], optax.sgd(0.1)])
 def test_updates_after_the_end_are_not_the_runs(tmp_path, tx):
     params, state = PARAMS, tx.init(PARAMS)
-    with SnapshotRun(tmp_path / "run", CYCLES) as run:
+    with SnapshotRun(tmp_path / "run", CYCLES, rate=CYCLES) as run:
         for _ in range(5):
             params, state = run.step(*update(tx, params, state, gradients()))
         run.finish("enough")

@@ -126,6 +126,52 @@ def test_what_is_no_integer_is_refused(step):
         snapshot_schedule(CYCLES)(step)
 
 
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_traced_rates_are_weakly_typed_as_those_of_optax_are(schedule, x64):
+    """The oracle is optax's own schedule: what it is multiplied with decides about the type."""
+    with jax.enable_x64(x64):
+        theirs = jax.eval_shape(optax.cosine_decay_schedule(0.1, 60), jnp.int32(3))
+        for step in (jnp.int32(3), jnp.uint8(3), jnp.arange(6).reshape(2, 3)):
+            for found in (jax.eval_shape(snapshot_schedule(schedule), step), snapshot_schedule(schedule)(step)):
+                assert (found.dtype, found.weak_type, found.shape) == (theirs.dtype, theirs.weak_type, step.shape)
+        vectorised = jax.vmap(snapshot_schedule(schedule))(jnp.arange(4))
+        assert (vectorised.dtype, vectorised.weak_type) == (theirs.dtype, True)
+
+
+OF_A_SCHEDULE = {
+    "injected": lambda rate: optax.inject_hyperparams(optax.sgd)(learning_rate=rate, momentum=0.9),
+    "accumulating": lambda rate: optax.MultiSteps(optax.inject_hyperparams(optax.adamw)(learning_rate=rate), 2),
+    "before a trace": lambda rate: optax.chain(optax.scale_by_schedule(rate), optax.trace(0.9)),
+    "of the decay": lambda rate: optax.chain(optax.add_decayed_weights(rate), optax.trace(0.9)),
+    "joined": lambda rate: optax.chain(
+        optax.scale_by_schedule(optax.join_schedules([optax.constant_schedule(0.1), rate], [2])), optax.trace(0.9)
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", OF_A_SCHEDULE)
+def test_weights_and_moments_keep_a_narrow_type_so_that_updates_can_be_scanned(name, dtype):
+    tx, params = OF_A_SCHEDULE[name](snapshot_schedule(CYCLES)), {"w": jnp.ones(3, dtype)}
+
+    def update(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        return (optax.apply_updates(params, updates), state), updates["w"]
+
+    (params, _), updates = jax.lax.scan(update, (params, tx.init(params)), None, length=4)
+    assert (params["w"].dtype, updates.dtype) == (dtype, dtype)
+
+
+@pytest.mark.parametrize("steps", [2**31, 10**12])
+def test_more_steps_than_the_counts_of_optax_hold_are_refused_when_the_schedule_is_made(steps):
+    with pytest.raises(ScheduleError, match=rf"steps must be below 2,147,483,648, .* got {steps:,}: "):
+        snapshot_schedule(CosineCycles(lr=0.1, steps=steps, cycles=4))
+    longest = CosineCycles(lr=0.1, steps=2**31 - 1, cycles=4)
+    assert float(jax.jit(snapshot_schedule(longest))(2**30)) == pytest.approx(longest(2**30), abs=4e-8)
+
+
 def equations(jaxpr):
     inner = (value.jaxpr for eqn in jaxpr.eqns for value in eqn.params.values() if hasattr(value, "jaxpr"))
     return len(jaxpr.eqns) + sum(map(equations, inner))

@@ -29,7 +29,7 @@ class Net(nnx.Module):
         self.activation = nnx.relu
 
 
-NET_WEIGHTS = [f"layers/{place}/{name}" for place in (0, 1) for name in ("bias", "kernel")]
+NET_WEIGHTS = [f"layers/{index}/{name}" for index in (0, 1) for name in ("bias", "kernel")]
 NET_WEIGHTS += [f"norm/{name}" for name in ("bias", "mean", "scale", "var")]
 NET_KEYS = ["dropout/rngs/count", "dropout/rngs/key"]
 
@@ -177,11 +177,11 @@ def test_a_tree_of_shapes_alone_can_be_filled():
 @pytest.mark.parametrize("axes", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def test_arrays_come_back_to_where_they_lay(axes):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(axes,))
-    place = NamedSharding(mesh, PartitionSpec("data"))
-    tree = {"placed": jax.device_put(jnp.ones(2), place), "anywhere": jnp.ones(2)}
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    tree = {"committed": jax.device_put(jnp.ones(2), sharding), "anywhere": jnp.ones(2)}
     new = with_leaves(tree, changed(host(tree)))
-    assert new["placed"].sharding == place
-    assert (new["placed"].committed, new["anywhere"].committed) == (True, False)
+    assert new["committed"].sharding == sharding
+    assert (new["committed"].committed, new["anywhere"].committed) == (True, False)
 
 
 def test_a_copy_is_made_at_once_and_the_originals_may_be_given_away():

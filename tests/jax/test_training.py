@@ -126,7 +126,7 @@ def test_wherever_a_segment_is_cut_the_weights_are_the_same_to_the_bit(digits, m
 @pytest.mark.parametrize("at_once", [1, CHUNK])
 def test_every_loss_is_reported_once_and_in_order_a_chunk_at_a_time(digits, at_once):
     reports, known, stop = [], [], 2 * CHUNK + 5
-    counting = digits_that_tell(digits, lambda: known.append(len(reports)))
+    counting = digits_that_call(digits, lambda: known.append(len(reports)))
     ran(begun(counting, at_once=at_once), 3, 3, stop, report=lambda *report: reports.append(report))
     assert [step for step, _ in reports] == list(range(1, stop + 1))
     assert all(type(step) is int and type(loss) is float for step, loss in reports)
@@ -168,12 +168,12 @@ def test_elsewhere_every_model_is_compiled_in_loops(digits):
     assert there.fitted(state.training, state.key).at_once == CHUNK
 
 
-def digits_that_tell(digits, told):
+def digits_that_call(digits, called):
     class Telling:
         x, y, n_classes = digits.x, digits.y, digits.n_classes
 
         def indices(self, start, stop):
-            told()
+            called()
             return digits.indices(start, stop)
 
     return Telling()
