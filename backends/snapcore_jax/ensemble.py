@@ -7,6 +7,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from snapcore import DataError
 from snapcore.ensemble import (
@@ -194,7 +195,7 @@ class SnapshotEnsemble:
 
     def _checked(self, found: Found) -> jax.Array:
         probabilities, suspect = found
-        if self._unchecked and not isinstance(suspect, jax.core.Tracer):  # inside jax.jit there is no value to look at
+        if self._unchecked and not isinstance(suspect, Tracer):  # inside jax.jit there is no value to look at
             if suspect:
                 raise DataError(ALREADY_PROBABILITIES)
             self._unchecked = False

@@ -97,10 +97,11 @@ def _from_one_loss(given: Any) -> str | None:
         return "identity"
     if isinstance(loss, _BINARY) or loss in _BINARY_FUNCTIONS:
         return "sigmoid"
-    if getattr(loss, "axis", -1) != -1:
+    axis = getattr(loss, "axis", -1)
+    if axis != -1:
         raise DataError(
-            f"the loss has the classes along axis {loss.axis}, and 'auto' takes them along the last: pass "
-            f"activation=lambda outputs: keras.ops.softmax(outputs, axis={loss.axis})"
+            f"the loss has the classes along axis {axis}, and 'auto' takes them along the last: pass "
+            f"activation=lambda outputs: keras.ops.softmax(outputs, axis={axis})"
         )
     return "softmax"
 
