@@ -8,10 +8,16 @@ from snapcore.ensemble.members import Directory, check_members, member_files, re
 from snapcore.ensemble.outputs import (
     ACTIVATIONS,
     ALREADY_PROBABILITIES,
+    Output,
     are_probabilities,
     check_activation,
+    pick,
+    predict,
+    reason,
+    refuse_equal_members,
     refuse_one_output,
     refuse_probabilities,
+    softmax_axis,
 )
 from snapcore.ensemble.tuning import ROUNDS, TOLERANCE, Trial, TuningReport, check_strategy, deviation, tune
 
@@ -22,6 +28,7 @@ __all__ = [
     "TOLERANCE",
     "Directory",
     "MemberSequence",
+    "Output",
     "Trial",
     "TuningReport",
     "are_probabilities",
@@ -31,9 +38,14 @@ __all__ = [
     "combine",
     "deviation",
     "member_files",
+    "pick",
+    "predict",
     "prefix_curve",
+    "reason",
+    "refuse_equal_members",
     "refuse_like",
     "refuse_one_output",
     "refuse_probabilities",
+    "softmax_axis",
     "tune",
 ]
