@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from snapcore import DataError
 from snapcore.ensemble import reason
@@ -94,7 +95,8 @@ def _loaded(source: nn.Module, file: Path, *, mapped: bool, is_new: bool) -> nn.
         like = nn.Parameter(given, requires_grad=False) if isinstance(tensor, nn.Parameter) else given
         state[name] = new.setdefault(id(tensor), like)
     assign = mapped or on_meta
-    member = source if is_new else _copied(source, new if assign else {})
+    uncopied = {id(tensor) for tensor in own.values() if assign or is_lazy(tensor)}
+    member = source if is_new else _copied(source, {key: new[key] for key in uncopied})
     try:
         member.load_state_dict(state, assign=assign)
     except RuntimeError as error:
@@ -120,9 +122,8 @@ def _copied(model: nn.Module, replaced: Mapping[int, Tensor]) -> nn.Module:
             member: nn.Module = copy.deepcopy(model, memo)
     except _COPY_ERRORS as error:
         raise DataError(f"{type(model).__name__} cannot be copied, {reason(error)!r}: {CURE}") from error
-    if replaced and not {id(tensor) for tensor in member.state_dict(keep_vars=True).values()} <= {
-        id(tensor) for tensor in replaced.values()
-    }:
+    kept = {id(tensor) for tensor in member.state_dict(keep_vars=True).values()}
+    if not kept.issuperset(map(id, replaced.values())):
         raise DataError(f"{type(model).__name__} copies itself in a way of its own: {CURE}, and leave mapped out")
     _refuse_bound(member, own, memo)
     return member

@@ -77,7 +77,7 @@ def member_files(
                 rest = [other for other in wanted if other != index]
                 if not rest or by_index[index].file not in str(error):
                     raise
-                raise CorruptSnapshotError(f"{error}: members={rest}") from error
+                raise CorruptSnapshotError(f"{error} (members={rest} leaves it out)") from error
     return files
 
 
