@@ -50,12 +50,12 @@ def load_members(model: nn.Module | Build, files: Iterable[Path], *, mapped: boo
     if not callable(model):
         raise DataError(f"model must be an nn.Module or a function that builds one, got {type(model).__name__}")
     built = [_original(model()) for _ in paths]
-    names: dict[int, str] = {}
+    seen: set[int] = set()
     for module in built:
         own = {id(tensor): name for name, tensor in module.state_dict(keep_vars=True).items()}
-        if shared := names.keys() & own.keys():
-            raise DataError(f"the function must build all of the model anew, but two have one {own[shared.pop()]!r}")
-        names |= own
+        if shared := [name for key, name in own.items() if key in seen]:
+            raise DataError(f"the function must build all of the model anew, but two have one {shared[0]!r}")
+        seen |= own.keys()
     for module, file in zip(built, paths, strict=True):
         yield _loaded(module, file, mapped=mapped, is_new=True)
 
@@ -135,7 +135,9 @@ def _refuse_bound(member: nn.Module, own: set[int], memo: dict[int, Any]) -> Non
         for attribute, value in list(vars(module).items()):
             if getattr(value, "_torchdynamo_wrapper_id", None) == id(value):  # not where functools.wraps has copied it
                 plain = value._torchdynamo_orig_callable
-                if plain.__globals__.get("__name__") == "torch._dynamo.external_utils":  # what inlines a method
+                if (
+                    getattr(plain, "__globals__", {}).get("__name__") == "torch._dynamo.external_utils"
+                ):  # what inlines a method
                     plain = plain.__wrapped__
                 value = vars(module)[attribute] = copy.deepcopy(plain, memo)  # noqa: PLW2901
             runs = hasattr(type(module), attribute) or attribute.endswith("_hooks")

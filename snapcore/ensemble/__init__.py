@@ -4,7 +4,7 @@ The adapters and the application import from here, never from a file behind this
 """
 
 from snapcore.ensemble.combine import MemberSequence, combine, prefix_curve
-from snapcore.ensemble.members import Directory, check_members, member_files, refuse_like
+from snapcore.ensemble.members import Directory, check_members, member_files, refuse_like, refuse_mapped
 from snapcore.ensemble.outputs import (
     ACTIVATIONS,
     ALREADY_PROBABILITIES,
@@ -44,6 +44,7 @@ __all__ = [
     "reason",
     "refuse_equal_members",
     "refuse_like",
+    "refuse_mapped",
     "refuse_one_output",
     "refuse_probabilities",
     "softmax_axis",

@@ -30,6 +30,16 @@ def refuse_like(like: object) -> None:
         raise DataError(f"like must be left out: the model has the weights' structure; got {type(like).__name__}")
 
 
+def refuse_mapped(mapped: bool) -> None:
+    """Refuse weights that stay in their files where the framework has to copy them to its devices.
+
+    Raises:
+        DataError: they are asked for.
+    """
+    if mapped:
+        raise DataError("mapped=True is for PyTorch alone: this framework copies weights to its devices; leave it out")
+
+
 def member_files(
     directories: Directory | Iterable[Directory],
     *,
