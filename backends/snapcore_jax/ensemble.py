@@ -112,7 +112,7 @@ class SnapshotEnsemble:
         self._apply = apply_fn
         # Traced once for every shape, and looked at for the first; inline, it is compiled as if it stood there.
         self._outputs = jax.jit(self._one, static_argnums=2, inline=True)
-        self._unchecked, self._zeros_passed = True, False
+        self._unchecked, self._undecided, self._zeros_passed = activation == "softmax", not allow_equal, False
         self._strategy = strategy
         self._run = STRATEGIES[strategy](self._member, self._members)
 
@@ -259,20 +259,25 @@ class SnapshotEnsemble:
         traced, unknown = (
             any(isinstance(array, jax.core.Tracer) for array in each) for each in (arrays, chain(*self._members))
         )
-        if not self._unchecked or unknown or (traced and (self._zeros_passed or any(map(is_key, arrays)))):
+        passed = not (self._unchecked or self._undecided)
+        if passed or unknown or (traced and (self._zeros_passed or any(map(is_key, arrays)))):
             return
         with jax.ensure_compile_time_eval() if traced else nullcontext():
             if traced:
                 arrays = [jnp.zeros(array.shape, array.dtype) for array in arrays]
             each = (self._outputs(weights, arrays, static) for weights in self._members)
             first = next(each)
-            if self._activation == "softmax" and jnp.issubdtype(first.dtype, jnp.floating):
+            if self._unchecked and jnp.issubdtype(first.dtype, jnp.floating):
                 axis = softmax_axis(first.shape, self._axis, classes_last=self._classes_last)
                 if are_probabilities(first.astype(jnp.float32), axis, half=first.dtype in _HALF):
                     raise DataError(ALREADY_PROBABILITIES)
-            cure = "have apply_fn use the variables that it is given; or allow_equal=True"
-            decided = self._allow_equal or refuse_equal_members(chain([first], each), self._members, cure)
-        self._zeros_passed, self._unchecked = traced, traced or not decided
+            decided = True
+            if self._undecided:
+                cure = "have apply_fn use the variables that it is given; or allow_equal=True"
+                decided = refuse_equal_members(chain([first], each), lambda: self._members, cure)
+        self._zeros_passed = traced
+        if not traced:
+            self._unchecked, self._undecided = self._unchecked and not first.size, not decided
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: nothing that was compiled."""

@@ -93,7 +93,7 @@ class SnapshotEnsemble(nn.Module):
         check_activation(activation)
         check_strategy(strategy, STRATEGIES)
         self._activation, self._axis, self._output = activation, axis, output
-        self._allow_equal, self._unchecked = allow_equal, True
+        self._allow_equal, self._unchecked, self._undecided = allow_equal, activation == "softmax", not allow_equal
         self._stacked: Stacked | None = None
         self._strategy = strategy
         self._unproven = True
@@ -241,7 +241,7 @@ class SnapshotEnsemble(nn.Module):
     def _each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
         each: Iterator[Tensor] = (pick(model(*args, **kwargs), self._output, torch.is_tensor) for model in self.models)
         tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined, no-untyped-call]
-        if self._unchecked and not tracing:
+        if (self._unchecked or self._undecided) and not tracing:
             ahead, each = tee(each)
             self._check(ahead)
         return map(self._activated, each)
@@ -249,13 +249,17 @@ class SnapshotEnsemble(nn.Module):
     def _check(self, each: Iterator[Tensor]) -> None:
         first = next(each).detach()
         # Not on the host: inside torch.func a tensor cannot be brought there, but one bool can.
-        if self._activation == "softmax" and first.is_floating_point():
+        if self._unchecked and first.is_floating_point():
             axis = softmax_axis(first.shape, self._axis, classes_last=False)
             if are_probabilities(first.float(), axis, half=first.dtype in _HALF):
                 raise DataError(ALREADY_PROBABILITIES)
-        weights = [list(chain(model.parameters(), model.buffers())) for model in self.models]
-        cure = f"{CURE}; or allow_equal=True"
-        self._unchecked = not (self._allow_equal or refuse_equal_members(chain([first], each), weights, cure))
+        if self._undecided:
+            cure = f"{CURE}; or allow_equal=True"
+            self._undecided = not refuse_equal_members(chain([first], each), self._weights, cure)
+        self._unchecked = self._unchecked and not first.numel()
+
+    def _weights(self) -> list[list[Tensor]]:
+        return [list(chain(model.parameters(), model.buffers())) for model in self.models]
 
     def _activated(self, outputs: Tensor) -> Tensor:
         outputs = outputs.float() if outputs.dtype in _HALF else outputs

@@ -176,15 +176,15 @@ def are_probabilities(outputs: Any, axis: int = -1, *, half: bool = False) -> An
     return (outputs >= 0).all() & (off < (_ROUNDING_HALF if half else _ROUNDING)).all()
 
 
-def refuse_equal_members(outputs: Iterable[Any], weights: Sequence[Iterable[Any]], cure: str) -> bool:
+def refuse_equal_members(outputs: Iterable[Any], weights: Callable[[], Sequence[Iterable[Any]]], cure: str) -> bool:
     """Refuse members that all return the same, bit for bit, though their weights differ: other weights are run.
 
-    Outputs of zeros and ones alone, such as those of an empty batch, decide nothing: a zero batch through a model
-    without biases gives the same whatever the weights are, and so may a saturated softmax.
+    Outputs that are all alike, or zeros and ones alone, decide nothing: zeros through a model without biases give the
+    same whatever the weights are, and a softmax may be saturated.
 
     Args:
         outputs: of each member for one batch. Read until one differs from the first, so it may compute them on demand.
-        weights: each member's arrays, in one order. Compared only where all outputs are equal.
+        weights: returns each member's arrays, in one order. Called only where all outputs are equal.
         cure: what the user can do about it.
 
     Returns:
@@ -194,20 +194,31 @@ def refuse_equal_members(outputs: Iterable[Any], weights: Sequence[Iterable[Any]
         DataError: the outputs are equal and the weights are not.
 
     Example:
-        >>> refuse_equal_members([np.array([0.5]), np.array([0.25])], [[np.ones(2)], [np.zeros(2)]], "")
+        >>> weights = [[np.ones(2)], [np.zeros(2)]]
+        >>> refuse_equal_members([np.array([0.4, 0.6]), np.array([0.3, 0.7])], lambda: weights, "")
         True
-        >>> refuse_equal_members([np.array([0.5]), np.array([0.5])], [[np.ones(2)], [np.zeros(2)]], "load them again")
+        >>> refuse_equal_members([np.array([0.4, 0.6])] * 2, lambda: weights, "load them again")
         Traceback (most recent call last):
         ...
         snapcore.errors.DataError: the members' weights differ, yet their outputs are bit-equal: load them again
     """
-    each = iter(outputs)
-    first = next(each)
-    if "float" not in str(first.dtype) or not all(_same(first, other) for other in each):
+    first, is_alone = None, True
+    for each in outputs:
+        if first is None:
+            first = each
+        elif _same(first, each):
+            is_alone = False
+        else:
+            return True
+    if first is None or is_alone or "float" not in str(first.dtype):
         return True
-    if not bool(((first != 0) & (first != 1)).any()):
+    values = first.reshape(-1)
+    if not len(values) or not bool(((values != 0) & (values != 1)).any()):
         return False
-    if not all(_same(one, two) for other in weights[1:] for one, two in zip(weights[0], other, strict=True)):
+    if bool((values == values[0]).all()) and (len(values) > 1 or bool(values[0] == 0.5)):
+        return False
+    own, *others = map(list, weights())
+    if not all(len(own) == len(other) and all(map(_same, own, other)) for other in others):
         raise DataError(f"the members' weights differ, yet their outputs are bit-equal: {cure}")
     return True
 
