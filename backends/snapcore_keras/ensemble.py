@@ -304,12 +304,23 @@ class SnapshotEnsemble:
 
 
 def _check_model(model: Any) -> None:
+    """Refuse what is no model of Keras, and parts that run or keep what is not among its weights."""
     if not isinstance(model, keras.Layer):
         kind = type(model)
         raise DataError(
             f"model must be a model of Keras 3, got {kind.__name__} of {kind.__module__.partition('.')[0]}: build it "
             "with keras, not with tf_keras or another framework"
         )
+    for layer in model._flatten_layers():
+        if type(layer).__name__ in ("TorchModuleWrapper", "TFSMLayer"):
+            raise DataError(
+                f"{layer.name!r} is a {type(layer).__name__}, which runs weights of its own: assign each member by "
+                "model.set_weights, and average predictions with snapcore.ensemble.combine"
+            )
+        if getattr(layer, "stateful", False):
+            raise DataError(f"{layer.name!r} keeps states from batch to batch: build the model with stateful=False")
+        if hasattr(layer, "get_vocabulary") and not layer.get_vocabulary(include_special_tokens=False):
+            raise DataError(f"{layer.name!r} has no vocabulary, and members hold none: adapt it, or pass vocabulary=")
 
 
 def _fitting(members: Iterable[Sequence[NDArray[Any]]], model: Any) -> Iterator[list[NDArray[Any]]]:

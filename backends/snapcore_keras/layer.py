@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from snapcore import DataError
 from snapcore.ensemble import Output
 from snapcore_keras.activations import Activation
 from snapcore_keras.state import named_weights
@@ -52,7 +53,16 @@ class MeanOfMembers(keras.layers.Layer):  # type: ignore[misc]  # Keras has no t
         return Loop(self.run_one, self.members).mean((inputs,), {})
 
     def get_config(self) -> dict[str, Any]:
-        """Return what the layer is made again of, without the weights."""
+        """Return what the layer is made again of, without the weights.
+
+        Raises:
+            DataError: a vocabulary has weights by tf-idf, which Keras needs before it loads them.
+        """
+        for layer in self.vocabularies:
+            if "tf_idf" in (getattr(layer, "output_mode", None), getattr(layer, "_output_mode", None)):
+                raise DataError(
+                    f"{layer.name!r} weighs words by tf-idf, which an ensemble cannot save: load it from its run"
+                )
         model = keras.saving.serialize_keras_object(self.run_one.model)
         model.pop("compile_config", None)  # a loss and an optimizer, which members have no use for
         activation, output = map(keras.saving.serialize_keras_object, (self.run_one.activation, self.run_one.output))

@@ -37,19 +37,13 @@ class Forward:
         activation: from outputs to probabilities: a name or a callable.
         axis: of the classes, for softmax.
         output: picks the tensor when the model returns something else.
-
-    Raises:
-        DataError: a part of the model runs, or keeps, what is not among its weights.
     """
 
     def __init__(self, model: Any, activation: str | Activation, axis: int | None, output: Output | None) -> None:
         self.model, self.activation, self.axis, self.output = model, activation, axis, output
         self.variables = list(model.weights)
-        self._derived = []
-        for layer in model._flatten_layers():
-            _refuse_state_of_its_own(layer)
-            if hasattr(layer, "finalize_state") and layer.weights:
-                self._derived.append(layer)
+        layers = model._flatten_layers()
+        self._derived = [layer for layer in layers if hasattr(layer, "finalize_state") and layer.weights]
 
     def __call__(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return one member's probabilities."""
@@ -85,18 +79,6 @@ class Forward:
             for layer, attributes in zip(self._derived, own, strict=True):
                 vars(layer).update(attributes)
         return pick(found, self.output, ops.is_tensor)
-
-
-def _refuse_state_of_its_own(layer: Any) -> None:
-    if type(layer).__name__ in ("TorchModuleWrapper", "TFSMLayer"):
-        raise DataError(
-            f"{layer.name!r} is a {type(layer).__name__}, which runs weights of its own: assign each member by "
-            "model.set_weights, and average predictions with snapcore.ensemble.combine"
-        )
-    if getattr(layer, "stateful", False):
-        raise DataError(f"{layer.name!r} keeps states from batch to batch: build the model with stateful=False")
-    if hasattr(layer, "get_vocabulary") and not layer.get_vocabulary(include_special_tokens=False):
-        raise DataError(f"{layer.name!r} has no vocabulary, and members hold none: adapt it, or pass vocabulary=")
 
 
 class Loop:
