@@ -10,13 +10,13 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 # The core's own tests need no framework, and cover its every branch.
-CORE := tests/core tests/conformance/test_numpy.py
+CORE := tests/core tests/conformance/test_numpy.py tests/conformance/test_numpy_run.py
 # JAX and TensorFlow run threads, and a process with threads is not to be forked, which data loaders do: each has its own run.
 THREADED := tests/jax tests/keras tests/tensorflow tests/parity tests/lab tests/test_docs.py \
   tests/conformance/test_jax.py tests/conformance/test_keras.py tests/conformance/test_tensorflow.py
 FORKING := tests $(addprefix --ignore=,$(CORE) $(THREADED))
 
-.PHONY: demo test durability lint bench docs clean
+.PHONY: demo test durability lint bench gpu docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/snapcore train
@@ -39,6 +39,10 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest tests/bench --benchmark-only --benchmark-quiet -q $(ARGS)
+
+# Needs no .venv: a machine with a GPU may have no network, and what is installed there must do.
+gpu:
+	PYTHONPATH=.:backends:tests/bench$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) tests/gpu $(ARGS)
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html

@@ -9,13 +9,28 @@ nothing to wait for, so a forked data loader neither hangs nor writes its parent
 """
 
 import atexit
+import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 from snapcore.errors import ProtocolError
+
+_FAILED: list[int] = []
+"""Processes in which a job of a writer that nobody closed has failed."""
+
+
+@atexit.register  # before any writer, so it comes after all of them
+def _exit_as_failed() -> None:
+    """End with status 1 a program whose last member is not on disk: its caller must not take it for done."""
+    if os.getpid() in _FAILED:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 class SnapshotWriter:
@@ -38,15 +53,14 @@ class SnapshotWriter:
         self._at_end = at_end
         self._changed = threading.Condition()
         self._waiting: Callable[[], None] | None = None
-        self._busy = False
-        self._closed = False
+        self._busy = self._closed = self._ended = False
         self._error: BaseException | None = None
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._work, name="snapcore-writer", daemon=True)
         self._thread.start()
         # A thread that is no daemon would keep a crashed program alive; a daemon dies with the interpreter, and its
         # jobs with it. So it is one, and is waited for at exit.
-        atexit.register(self.close)
+        atexit.register(self._close_at_exit)
 
     def reserve(self) -> None:
         """Wait until a job may be submitted, so that its copy is made only when there is room.
@@ -96,8 +110,9 @@ class SnapshotWriter:
             with self._changed:
                 self._closed = True
                 self._changed.notify_all()
-            self._thread.join()
-        atexit.unregister(self.close)
+                # Not `join`: a Ctrl-C in it has Python take the thread for ended while it still writes.
+                self._changed.wait_for(lambda: self._ended)
+        atexit.unregister(self._close_at_exit)
         self.check()
 
     def __enter__(self) -> Self:
@@ -107,6 +122,13 @@ class SnapshotWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _close_at_exit(self) -> None:
+        try:
+            self.close()
+        except BaseException:
+            _FAILED.append(os.getpid())
+            raise  # which prints it, and leaves the program's exit status as it was
 
     def _is_owner(self) -> bool:
         return os.getpid() == self._process
@@ -137,6 +159,9 @@ class SnapshotWriter:
             pass
         if self._at_end is not None:
             self._attempt(self._at_end)
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
 
     def _do_next(self) -> bool:
         """Do one job, once there is one; False when there will be none. Nothing of it is kept here."""

@@ -75,7 +75,7 @@ class Source(Protocol):
         ...
 
     def settings(self) -> Mapping[str, str | float | bool | None]:
-        """Return what a resume is to compare, and `load` sets back: `optimizer` (its class), its rate-less settings."""
+        """Return the settings in force, for a resume to compare: `optimizer` (its class), momentum and the like."""
         ...
 
     def random_state(self) -> Any:
@@ -141,7 +141,7 @@ class Recorder:
         self._closed = self._rate_differs = False
         self._rehearsed = False
         self._point_at = 0
-        self._point_random: Any = None  # of the newest point, until an update follows it
+        self._point_random: Any = None  # of the newest point
         self._saving = Saving(self._open(resume), self.directory, framework)
         self._sigterm = SigtermHandler(listen=at is None)
 
@@ -161,7 +161,7 @@ class Recorder:
             self._rehearse(before_training=True)
             return ()
         tensors, state = resumed
-        differing = self._compare_settings(state.get("settings", {}))
+        differing = self._differing(state.get("settings", {}))
         self.cursor.load_state_dict(state["place"])
         self._point_at = self.cursor.step
         self._source.load(tensors, state["values"])
@@ -171,7 +171,9 @@ class Recorder:
         self._set_random_state(own["random"])
         log.info("%s: resumed after update %d of %d", self._name, self.cursor.step, self.program.updates)
         if differing:
-            log.warning("%s: settings differ from the saved ones, which are in force: %s", self._name, differing)
+            now = self._source.settings()
+            shown = "; ".join(f"{name} {was} saved, {is_} given, {now[name]} in force" for name, was, is_ in differing)
+            log.warning("%s: settings differ from those of the saved run: %s", self._name, shown)
         self._rehearse(before_training=True)
         if not self.cursor.at_member or self.program.between == NOTHING:
             return ()
@@ -212,7 +214,6 @@ class Recorder:
         before = self.cursor.step
         if n:
             self.epochs.settle()
-            self._point_random = None
             if used_lr is not None:
                 self.check_rate(used_lr, step=before + n - 1, setter=setter)
         if 0 <= n < self.cursor.until_next:  # nearly always: nothing is due
@@ -370,16 +371,15 @@ class Recorder:
         copy, values = (self._source.capture(), {}) if dumped is None else dumped
         self._in_first(lambda: self._saving.rehearse(copy, values, dumped=dumped is not None, first=before_training))
 
-    def _compare_settings(self, saved: Mapping[str, Any]) -> str:
-        """Return the settings that differ from those of the run that is resumed; refuse another optimizer."""
+    def _differing(self, saved: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+        """Return each setting that is not the saved run's, as it was and as it is given; refuse another optimizer."""
         given = self._source.settings()
-        differing = {name: value for name, value in saved.items() if name in given and given[name] != value}
-        if "optimizer" in differing:
+        if "optimizer" in saved and given.get("optimizer", saved["optimizer"]) != saved["optimizer"]:
             raise StoreError(
                 f"{self.directory} holds a run trained by {saved['optimizer']}, got {given['optimizer']}: give that "
                 "optimizer, or choose another directory"
             )
-        return ", ".join(f"{name} {value} (given {given[name]})" for name, value in differing.items())
+        return [(name, was, given[name]) for name, was in saved.items() if name in given and given[name] != was]
 
     def _batch_is_asked_for(self) -> None:
         """Keep the random states of this moment with a point that no update has followed.
@@ -387,7 +387,7 @@ class Recorder:
         What a loop does between an update and the next batch, such as an evaluation, may draw random numbers, and a
         resumed run does not do it again.
         """
-        if self._point_random is None or self._closed:
+        if self._point_random is None or self._closed or self.epochs.settled:
             return
         random = self._random_state()
         if any(self._group.gather(random != self._point_random)):
@@ -444,7 +444,7 @@ class Recorder:
         if dumped is None:
             return self._source.capture(), None
         tensors, values = dumped
-        self._point_at, self._point_random = self.cursor.step, random
+        self._point_at, self._point_random, self.epochs.settled = self.cursor.step, random, False
         return tensors, {
             "framework": self._framework,
             "place": self.cursor.state_dict(),

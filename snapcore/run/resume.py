@@ -11,7 +11,6 @@ from snapcore.store import (
     ResumePoint,
     SnapshotStore,
     Tensors,
-    clear_point,
     move_aside,
     read_point,
 )
@@ -43,19 +42,19 @@ def open_run(
     store = SnapshotStore(directory, "w")
     try:
         if store.program is None and not store.members:
-            if read_point(directory) is not None:
+            if store.read_point() is not None:
                 raise CorruptSnapshotError(
                     f"{directory} has a resume point, but {MANIFEST} knows of no run: restore that, or choose another "
                     "directory"
                 )
             store.describe(program=program.to_dict())
         if store.stopped is not None and not resumed_elsewhere:
-            clear_point(directory)  # a kill may have come between the manifest and this
+            store.clear_point()  # a kill may have come between the manifest and this
             held = f"a run that is {store.stopped} ({len(store.members)} members)"
             raise StoreError(f"{directory} holds {held}: load it with SnapshotEnsemble.load, {_INSTEAD}")
         if store.program != program.to_dict():
             raise StoreError(f"{directory} holds an unfinished run of another program: {_INSTEAD}")
-        point = read_point(directory)
+        point = store.read_point()
         if at is not None:
             _accept_position(store, program, at, point)
         elif point is not None:

@@ -26,10 +26,9 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from snapcore.backend import Pending, resolved
 from snapcore.errors import ProtocolError, StoreError
@@ -40,12 +39,13 @@ from snapcore.store import (
     SnapshotStore,
     Tensors,
     check_finite,
-    clear_point,
+    host_arrays,
     new_member,
-    read_point,
-    row_major,
-    write_point,
+    non_finite,
 )
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 WEIGHTS = "weights/"
 """What the names of a dump's weights begin with; the other tensors are the optimizer's and the like."""
@@ -66,7 +66,7 @@ class Saving:
 
     def __init__(self, store: SnapshotStore | None, directory: Path, framework: str) -> None:
         self._store, self._directory, self._framework = store, directory, framework
-        self._constants: dict[str, NDArray[Any]] = {}
+        self._constants: dict[str, NDArray[Any]] = {}  # what is not finite before the first update
         self.failed = False
         """Whether a job has failed, so that nothing is written any more."""
         # The thread frees the lock when it ends, not the loop: whatever interrupts the loop's wait for the writer, the
@@ -102,14 +102,14 @@ class Saving:
             StoreError: a name, a type or a value that a file cannot hold, or a disk without room for one member.
         """
         tensors = resolved(copy)
-        row_major(tensors)
+        host_arrays(tensors)
         try:
             json.dumps(values, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise StoreError(f"a dump's values must be plain JSON: {error}; return arrays as tensors") from error
         weights = _weights(tensors) if dumped else tensors
         if first:
-            self._constants = {name: np.array(array) for name, array in weights.items() if not _is_finite(array)}
+            self._constants = {name: np.array(weights[name]) for name in non_finite(weights)}
         needed = sum(array.nbytes for array in weights.values())
         free = shutil.disk_usage(self._directory).free
         if free < needed:
@@ -146,10 +146,10 @@ class Saving:
             if state is not None:
                 # The weights are in the member's file already: the point holds the rest, and refers to it.
                 rest = {name: array for name, array in tensors.items() if not name.startswith(WEIGHTS)}
-                write_point(self._directory, ResumePoint(rest, state, member))
+                self.store.write_point(ResumePoint(rest, state, member))
             self.store.add(member, stopped=None if stop is None else stop.reason)
             if stop is not None:
-                clear_point(self._directory)
+                self.store.clear_point()
 
         self._submit(write)
 
@@ -159,7 +159,7 @@ class Saving:
         def write() -> None:
             tensors = resolved(copy)
             self._check_finite(_weights(tensors), f"the resume point at update {state['place']['step']}")
-            write_point(self._directory, ResumePoint(tensors, state))
+            self.store.write_point(ResumePoint(tensors, state))
 
         self._submit(write)
 
@@ -167,9 +167,9 @@ class Saving:
         """Replace the random states and the positions in the data of the newest point, if it is of that update."""
 
         def write() -> None:
-            point = read_point(self._directory)
+            point = self.store.read_point()
             if point is not None and point.state["place"]["step"] == step:
-                write_point(self._directory, replace(point, state={**point.state, "processes": processes}))
+                self.store.write_point(replace(point, state={**point.state, "processes": processes}))
 
         self._submit(write)
 
@@ -178,7 +178,7 @@ class Saving:
 
         def write() -> None:
             self.store.describe(stopped=stop.reason)
-            clear_point(self._directory)
+            self.store.clear_point()
 
         self._submit(write)
 
@@ -206,12 +206,12 @@ class Saving:
         self._writer.close()
 
     def _check_finite(self, weights: Tensors, what: str) -> None:
-        moved = {
-            name: array
-            for name, array in weights.items()
-            if name not in self._constants or not np.array_equal(array, self._constants[name], equal_nan=True)
+        unmoved = {
+            name
+            for name, array in self._constants.items()
+            if name in weights and np.array_equal(weights[name], array, equal_nan=True)
         }
-        check_finite(moved, what)
+        check_finite(weights, what, constant=unmoved)
 
     def _submit(self, job: Callable[[], None]) -> None:
         if self._store is None:
@@ -234,9 +234,3 @@ def _weights(tensors: Tensors) -> Tensors:
     if not weights:
         raise ProtocolError(f"a dump must name its weights {WEIGHTS}<name>, as rule 14 says; got {sorted(tensors)[:5]}")
     return weights
-
-
-def _is_finite(array: NDArray[Any]) -> bool:
-    return not (np.issubdtype(array.dtype, np.inexact) or array.dtype.name == "bfloat16") or bool(
-        np.isfinite(array).all()
-    )

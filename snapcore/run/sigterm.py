@@ -88,6 +88,8 @@ class _Process:
 
     def add(self, listener: SigtermHandler) -> None:
         self._pid = os.getpid()
+        if signal.getsignal(signal.SIGTERM) != self._note:
+            self.listeners.clear()  # another handler has taken over from those
         self.listeners.add(listener)
         for number in (signal.SIGTERM, signal.SIGINT):
             current = signal.getsignal(number)

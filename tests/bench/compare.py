@@ -9,6 +9,7 @@ import math
 import os
 import random
 import statistics
+import time
 import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,12 +60,21 @@ class Ratios:
         return median_interval([a / b for a, b in zip(self.ours, self.peers[peer], strict=True)])
 
 
-def interleaved(ours: Contender, peers: Mapping[str, Contender], *, pairs: int = PAIRS) -> Ratios:
+def interleaved(
+    ours: Contender, peers: Mapping[str, Contender], *, pairs: int = PAIRS, seconds: float = math.inf
+) -> Ratios:
     """Time the contenders in turns, after one turn that does not count.
 
     Every second turn walks the order of the one before backwards (ABBA), so that a drift of the machine falls on
     all alike; the orders themselves are random, from a fixed seed.
+
+    Arguments:
+        ours: what each ratio has above its line.
+        peers: what it has below, by name.
+        pairs: turns, at most.
+        seconds: no turn but the first begins later than this after the call.
     """
+    end = time.monotonic() + seconds
     contenders = [ours, *peers.values()]
     times: list[list[float]] = [[] for _ in contenders]
     shuffle = random.Random(0).shuffle
@@ -72,6 +82,8 @@ def interleaved(ours: Contender, peers: Mapping[str, Contender], *, pairs: int =
     for contender in contenders:
         contender.sample()
     for turn in range(pairs):
+        if turn and time.monotonic() > end:
+            break
         if turn % 2:
             order.reverse()
         else:

@@ -36,6 +36,13 @@ def test_contenders_take_turns_and_every_second_turn_walks_back():
     assert order[9:12] == order[14:11:-1]
 
 
+def test_no_turn_but_the_first_begins_once_the_time_is_used():
+    calls = []
+    ratios = interleaved(Contender(lambda: calls.append("a")), {"b": Contender(lambda: None)}, pairs=5, seconds=-1.0)
+    assert len(ratios.ours) == len(ratios.peers["b"]) == 1
+    assert calls == ["a", "a"]  # the turn that does not count, and the one that does
+
+
 def test_preparation_is_done_before_every_sample_and_number_is_of_the_run_alone():
     calls = []
     Contender(lambda: calls.append("run"), lambda: calls.append("prepare"), number=2).sample()

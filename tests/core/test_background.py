@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -256,9 +257,42 @@ def test_jobs_are_still_done_when_the_owner_never_closes():
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_an_error_nobody_was_told_of_is_printed_at_exit():
-    result = python("from snapcore.run.background import SnapshotWriter; SnapshotWriter().submit(lambda: 1 / 0)")
+def test_an_error_that_was_never_raised_is_printed_at_exit_and_fails_the_program():
+    result = python(
+        "from snapcore.run.background import SnapshotWriter; SnapshotWriter().submit(lambda: 1 / 0); print('done')"
+    )
     assert "ZeroDivisionError" in result.stderr
+    assert (result.returncode, result.stdout) == (1, "done\n")
+
+
+def test_what_must_follow_the_last_job_follows_it_though_the_wait_for_it_is_interrupted():
+    """Ctrl-C twice while a slow disk is waited for: the lock must not be another's before the file is written."""
+    order, opened = [], threading.Event()
+    writer = SnapshotWriter(at_end=lambda: order.append("end"))
+    writer.submit(lambda: (opened.wait(), order.append("job")))
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(writer.close)
+    assert order == []
+    opened.set()
+    writer.close()
+    assert order == ["job", "end"]
+
+
+def interrupted(call):
+    """Call it, and have Ctrl-C come while it waits."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    main = threading.main_thread().ident
+    threading.Timer(0.05, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+    try:
+        call()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_error_of_what_follows_the_last_job_is_raised_too():
+    writer = SnapshotWriter(at_end=lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        writer.close()
 
 
 def test_a_closed_writer_leaves_nothing_to_do_at_exit(monkeypatch):

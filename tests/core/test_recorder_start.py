@@ -132,7 +132,7 @@ def test_a_resumed_run_says_which_settings_differ(tmp_path, caplog):
         loop.recorder.start()
     assert caplog.messages[:2] == [
         f"{tmp_path}: resumed after update 5 of 60",
-        f"{tmp_path}: settings differ from the saved ones, which are in force: momentum 0.9 (given 0.5)",
+        f"{tmp_path}: settings differ from those of the saved run: momentum 0.9 saved, 0.5 given, 0.5 in force",
     ]
 
 
