@@ -96,7 +96,7 @@ class SnapshotCallback(Callback):
         on_member: Callable[[Snapshot], object] | None = None,
         metrics: Callable[[Snapshot], Mapping[str, float] | None] | None = None,
     ) -> None:
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()  # as it was meant here, wherever training starts
         self.program = as_program(cycles_or_program)
         self._chosen = optimizer
         self._options: dict[str, Any] = {

@@ -18,7 +18,7 @@ from snapcore.store import Tensors
 from snapcore_torch.counting import ParameterWatch, UpdateCount
 from snapcore_torch.distributed import copy_from_first, current_group, refuse_sharded
 from snapcore_torch.ema import AverageCount
-from snapcore_torch.loaders import generators, with_new_workers
+from snapcore_torch.loaders import SeedHolder, generators, with_new_workers
 from snapcore_torch.optimizers import check_optimizer, inside, settings_of
 from snapcore_torch.schedule import GroupRates
 from snapcore_torch.state import (
@@ -292,7 +292,7 @@ class _Source:
         self._own, self._state = own, state
         self._group, self._average, self._init = group, average, init
         self._writes = group.rank == 0
-        self._generators: list[torch.Generator] | None = None
+        self._generators: list[torch.Generator | SeedHolder] | None = None
         self._resumed: dict[str, Any] | None = None
 
     @property

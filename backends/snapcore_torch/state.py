@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from snapcore import DataError
 from snapcore.run import WEIGHTS, Group
 from snapcore.store import Tensors, check_fit, pack, unpack
+from snapcore_torch.loaders import SeedHolder
 from snapcore_torch.optimizers import check_states_fit, load_states, optimizer_states
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
@@ -270,7 +271,7 @@ def _part(tensors: Tensors, prefix: str) -> Tensors:
     return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
 
 
-def random_state(generators: Iterable[torch.Generator] = ()) -> dict[str, Any]:
+def random_state(generators: Iterable[torch.Generator | SeedHolder] = ()) -> dict[str, Any]:
     """Return PyTorch's random states as plain JSON: of the CPU, of every GPU in use, of other generators."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     others = [_hex(generator.get_state()) for generator in generators]
@@ -284,7 +285,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all([_bytes(each) for each in state["cuda"]])
 
 
-def set_generators(generators: Sequence[torch.Generator], state: Mapping[str, Any]) -> None:
+def set_generators(generators: Sequence[torch.Generator | SeedHolder], state: Mapping[str, Any]) -> None:
     """Set generators to the states that they had in `random_state`.
 
     Raises:

@@ -27,6 +27,10 @@ from snapcore.run import Position, check_length
 from snapcore_torch.run import FreshWeights, SnapshotRun
 from snapcore_torch.schedule import SnapshotLR
 
+# A Trainer that ends in an exception, such as a Ctrl-C in a notebook, tells no callback of it: the next one to train in
+# that directory closes the run that was left open.
+_OPEN: dict[Path, SnapshotRun] = {}
+
 
 class SnapshotCallback(TrainerCallback, ExportableState):
     """Take snapshots while transformers' Trainer trains, and set the rate of every update.
@@ -76,7 +80,7 @@ class SnapshotCallback(TrainerCallback, ExportableState):
         metrics: Callable[[Snapshot], Mapping[str, float] | None] | None = None,
     ) -> None:
         given = cycles_or_program
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()  # as it was meant here, wherever training starts
         self.program = program_from_dict(given) if isinstance(given, Mapping) else as_program(given)
         self._options: dict[str, Any] = {
             "resume": resume,
@@ -106,10 +110,13 @@ class SnapshotCallback(TrainerCallback, ExportableState):
         """Open the run where the Trainer is, and set the first rate."""
         self._close()
         self._check(args, state, kwargs["lr_scheduler"])
+        if (left_open := _OPEN.pop(self.directory, None)) is not None:
+            left_open.close()
         at = self._position_in(state) if state.global_step else Position()
         self._run = SnapshotRun(
             self.directory, self.program, kwargs["model"], kwargs["optimizer"], at=at, **self._options
         )
+        _OPEN[self.directory] = self._run
         if self._run.finished:  # the Trainer may still do an update, which is none of the program's
             self.on_train_end()
             control.should_training_stop = True
@@ -134,6 +141,7 @@ class SnapshotCallback(TrainerCallback, ExportableState):
     def _close(self) -> None:
         run, self._run = self._run, None
         if run is not None:
+            _OPEN.pop(self.directory, None)
             run.close()
 
     def _position_in(self, state: TrainerState) -> Position:

@@ -73,7 +73,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(folder):
     """All that runs to its end, in one start; then one that does not."""
-    ended, results = torchrun(folder, "alike", "whole", "copies", "fresh", "refused", "gathered", "kill_loop")
+    ended, results = torchrun(
+        folder, "alike", "whole", "copies", "fresh", "refused", "gathered", "own_states", "kill_loop"
+    )
     assert not ended
     return results
 
@@ -154,6 +156,18 @@ def test_sharded_weights_are_refused_before_anything_is_written(finished):
             "DataError: the model's parameters are sharded over the processes (1.weight"
         )
         assert not result["written"]
+
+
+def test_an_optimizer_that_shards_its_state_is_refused_in_both(folder, finished):
+    for result in finished:
+        assert result["zero"].startswith("ProtocolError: ZeroRedundancyOptimizer shards its state")
+    assert not (folder / "zero").exists()
+
+
+def test_each_process_gets_its_own_state_back(finished):
+    for rank, result in enumerate(finished):
+        assert result["own at 9"] == [0, 0, [0, 0]]
+        assert result["own at 24"] == [9, 100 * rank + 8, [10 * rank] * 2]
 
 
 def test_gathering_waits_for_all_and_orders_by_rank(finished):

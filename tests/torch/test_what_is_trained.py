@@ -192,7 +192,7 @@ def test_settings_that_differ_on_resume_are_said_and_the_saved_ones_are_in_force
             run.step()
     assert optimizer.param_groups[0]["weight_decay"] == 0.01
     (said,) = [each.message for each in caplog.records if "settings differ" in each.message]
-    assert said.endswith("which are in force: weight_decay 0.01 (given 0.5)")
+    assert said.endswith("weight_decay 0.01 saved, 0.5 given, 0.01 in force")
 
 
 def refuse(state):

@@ -157,6 +157,7 @@ def refused(folder):
             group=TorchGroup(),
         ),
         "sharded": lambda: sharded(folder),
+        "zero": lambda: zero(folder),
     }.items():
         try:
             attempt()
@@ -164,6 +165,45 @@ def refused(folder):
             raised[name] = f"{type(error).__name__}: {error}"
     raised["written"] = (folder / "sharded").exists()
     return raised
+
+
+class Counter:
+    """Something that differs in each process: a number, and a tensor."""
+
+    def __init__(self):
+        self.value, self.tensor = 0, torch.zeros(2)
+
+    def state_dict(self):
+        return {"value": self.value, "tensor": self.tensor}
+
+    def load_state_dict(self, state):
+        self.value, self.tensor = state["value"], state["tensor"]
+
+
+def own_states(folder):
+    """What each process gets back of `state=`, after leaving early; a head is the same in both."""
+    results = {}
+    for until in (9, 24):
+        counter, head = Counter(), nn.Linear(2, 2)
+        model, optimizer = begun(plain, seed=until)
+        with SnapshotRun(folder / "own", CYCLES, model, optimizer, state={"counter": counter, "head": head}) as run:
+            results[f"own at {until}"] = [run.updates, counter.value, counter.tensor.tolist()]
+            for x, y in run.batches(batches()):
+                counter.value, counter.tensor = 100 * rank + run.updates, torch.full((2,), 10.0 * rank)
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                run.step()
+                if run.updates == until:
+                    break
+    return results
+
+
+def zero(folder):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model, _ = begun(plain, seed=0)
+    SnapshotRun(folder / "zero", CYCLES, model, ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1))
 
 
 def sharded(folder):

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import set_seed
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from snapcore import CosineCycles
 from snapcore.store import SnapshotStore
@@ -57,6 +59,42 @@ def test_micro_batches_under_accumulate_do_not_count(tmp_path):
             assert run.updates == scheduler.scheduler.last_epoch == micro_batch // 4
             assert optimizer.param_groups[0]["lr"] == CYCLES(micro_batch // 4)
     assert steps(tmp_path) == [4, 8, 12]
+
+
+def walk(directory, seedable, accumulate, stop_at=None, seed=0):
+    """Train on a prepared loader, in objects of a process of its own; return the batches of each update."""
+    accelerator = Accelerator(
+        cpu=True,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=seedable),
+        gradient_accumulation_steps=accumulate,
+    )
+    set_seed(seed)
+    data = TensorDataset(torch.arange(30.0).view(30, 1).expand(30, 3))
+    model = nn.Linear(3, 2)
+    model, optimizer, loader = accelerator.prepare(model, sgd(model), DataLoader(data, 6, shuffle=True))
+    seen = []
+    with SnapshotRun(directory, CYCLES, model, optimizer) as run:
+        for (x,) in run.batches(loader):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(x / 30).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+            run.step()
+            seen.append((run.updates, x[:, 0].tolist()))
+            if run.updates == stop_at:
+                break
+    return seen
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("seedable", [True, False])
+def test_a_prepared_loader_resumes_in_the_order_that_it_would_have_had(tmp_path, seedable, accumulate):
+    """Its sampler has a generator, or shuffles by `set_epoch`, two loaders deep."""
+    first = walk(tmp_path / "parts", seedable, accumulate, stop_at=7, seed=7)
+    rest = walk(tmp_path / "parts", seedable, accumulate)
+    whole = walk(tmp_path / "whole", seedable, accumulate, seed=7)
+    assert first + rest == whole
+    assert len({tuple(batch) for _, batch in whole}) == len(whole)  # a new order every epoch
 
 
 @pytest.fixture(scope="module")

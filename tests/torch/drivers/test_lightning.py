@@ -2,11 +2,12 @@
 
 import copy
 import re
+import signal
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -352,3 +353,77 @@ def test_it_is_a_callback_that_lightning_can_give_its_logging_to(tmp_path):
     callback = SnapshotCallback(tmp_path, SIXTY)
     assert isinstance(callback, pl.Callback)
     assert not {"log", "log_dict"} & set(dir(copy.copy(callback)))
+
+
+class Unfreeze(BaseFinetuning):
+    """Adds the body's parameters to the optimizer after two epochs."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.network[0])
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 2:
+            self.unfreeze_and_add_param_group(pl_module.network[0], optimizer, **self.options)
+
+
+class GroupRates(pl.Callback):
+    def __init__(self):
+        self.rates = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if not self.rates:
+            optimizer.register_step_post_hook(self.note)
+
+    def note(self, optimizer, *_):
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+
+def test_parameters_that_a_finetuning_callback_adds_follow_at_their_ratio(tmp_path):
+    module = Module(lambda module: sgd(module.network[1:]))
+    rates = GroupRates()
+    fit(tmp_path, Unfreeze(lr=0.02), rates, module=module)
+    assert steps(tmp_path) == [20, 40, 60]
+    groups = [len(each) for each in rates.rates]
+    assert groups == sorted(groups)
+    assert (groups[0], groups[-1], groups.count(1)) == (1, 2, 20)
+    for step, each in enumerate(rates.rates):
+        assert each == pytest.approx([SIXTY(step), 0.2 * SIXTY(step)][: len(each)])
+    first, last = (SnapshotStore(tmp_path).load(index)["network.0.weight"].tobytes() for index in (1, 3))
+    assert first != last
+
+
+def test_functions_of_the_users_hear_of_members_and_measure_them(tmp_path):
+    taken = []
+    callback = SnapshotCallback(tmp_path, SIXTY, on_member=taken.append, metrics=lambda snapshot: {"k": snapshot.index})
+    trainer(callback).fit(Module(), loader())
+    assert [each.step for each in taken] == [20, 40, 60]
+    assert [member.metrics for member in SnapshotStore(tmp_path).members] == [{"k": 1}, {"k": 2}, {"k": 3}]
+
+
+class Interrupt(pl.Callback):
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 25:
+            signal.raise_signal(signal.SIGINT)
+
+
+def how_it_ends(*callbacks):
+    """Lightning answers a Ctrl-C itself."""
+    try:
+        trainer(*callbacks, Interrupt()).fit(Module(), loader())
+    except BaseException as error:  # noqa: BLE001
+        return type(error), getattr(error, "code", None)
+    return None
+
+
+def test_a_ctrl_c_is_lightnings_to_answer(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    with_callback = how_it_ends(SnapshotCallback(tmp_path, SIXTY))
+    signal.signal(signal.SIGINT, before)  # Lightning ignores a second one
+    assert with_callback == how_it_ends()
+    signal.signal(signal.SIGINT, before)
+    with SnapshotStore(tmp_path, "w") as store:
+        assert [member.step for member in store.members] == [20]

@@ -1,6 +1,7 @@
 """The Trainer of transformers with the callback: right steps, right rates, and the same members after a kill."""
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
 
@@ -253,3 +254,24 @@ def test_a_model_that_would_be_sharded_is_refused(tmp_path):
     given.deepspeed = {"zero_optimization": {"stage": 3}}
     with pytest.raises(ProtocolError, match="shard the weights"):
         callback.on_train_begin(given, None, None, lr_scheduler=None)
+
+
+def test_functions_of_the_users_hear_of_members_and_measure_them(tmp_path):
+    taken = []
+    measured = {"on_member": taken.append, "metrics": lambda snapshot: {"k": snapshot.index}}
+    trained(tmp_path, ours=SnapshotCallback(tmp_path / "run", SIXTY, **measured))
+    assert [each.step for each in taken] == [20, 40, 60]
+    assert [member.metrics for member in SnapshotStore(tmp_path / "run").members] == [{"k": 1}, {"k": 2}, {"k": 3}]
+
+
+class Interrupt(TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 25:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_ctrl_c_is_the_trainers_to_answer_and_the_run_resumes_from_its_checkpoint(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, Interrupt(), save_strategy="steps", save_steps=10)
+    trained(tmp_path, checkpoint=str(tmp_path / "out" / "checkpoint-20"))
+    assert_members(tmp_path / "run", plain_loop(), "network.")
