@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 # The core's own tests need no framework, and cover its every branch.
-CORE := tests/core tests/conformance/test_numpy.py
+CORE := tests/core tests/conformance/test_numpy.py tests/conformance/test_numpy_run.py
 # JAX and TensorFlow run threads, and a process with threads is not to be forked, which data loaders do: each has its own run.
 THREADED := tests/jax tests/keras tests/tensorflow tests/parity tests/lab tests/test_docs.py \
   tests/conformance/test_jax.py tests/conformance/test_keras.py tests/conformance/test_tensorflow.py

@@ -23,10 +23,10 @@ from snapcore_torch.options import UpdateOptions
 from snapcore_torch.schedule import GroupRates
 from snapcore_torch.state import (
     Copy,
-    dump_training,
     load_training,
     load_weights,
     named_tensors,
+    pack_training,
     random_state,
     set_random_state,
     to_torch,
@@ -38,7 +38,7 @@ _EVALUATION_BATCH = 1024
 
 @dataclass
 class TorchState:
-    """What a managed run goes on with."""
+    """What a managed run continues from."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -98,16 +98,20 @@ class TorchBackend:
             DataError: no such model, or an option that the data does not allow.
         """
         how, group = UpdateOptions(**options), current_group()
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         _check_batches(data, how, group)
-        module = _build(model, tuple(data.x.shape[1:]), data.n_classes, seed, member).to(place)
-        chosen = optimizer(module) if optimizer else _sgd(module, program.schedule.lr, momentum, weight_decay)
-        feed = DeviceFeed(data, place, group)
+        module = _build(model, tuple(data.x.shape[1:]), data.n_classes, seed, member).to(chosen_device)
+        if optimizer is not None:
+            chosen = optimizer(module)
+        else:
+            lr, nesterov = program.schedule.lr, momentum > 0
+            chosen = SGD(module.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=nesterov)
+        feed = DeviceFeed(data, chosen_device, group)
         loop = Loop(module, chosen, feed, program.schedule, GroupRates(chosen), options=how, group=group)
         with torch.random.fork_rng():
             torch.manual_seed(_seed(seed, 0, *([group.rank] if group.rank else [])))
             random = random_state()
-        return TorchState(module, chosen, loop, place, group, random)
+        return TorchState(module, chosen, loop, chosen_device, group, random)
 
     def train(self, state: TorchState, start: int, stop: int, *, report: Report) -> TorchState:
         """Do updates `start … stop − 1`."""
@@ -126,12 +130,12 @@ class TorchBackend:
         *,
         optimizer: Literal["keep", "reset"],
     ) -> TorchState:
-        """Go on from `tensors`, the optimizer's moments kept or reset; averages begin anew with other weights."""
+        """Continue from `tensors`, the optimizer's moments kept or reset; averages of other weights start over."""
         if tensors is not None:
             load_weights(state.model, tensors, "the member")
             if state.loop.average is not None:
                 load_weights(state.loop.average, tensors, "the member")
-                AverageCount(state.loop.average).begin_anew()
+                AverageCount(state.loop.average).start_over()
         if optimizer == "reset":
             state.optimizer.state.clear()
         return state
@@ -141,12 +145,12 @@ class TorchBackend:
         random = state.group.gather(state.random)
         if state.group.rank:
             return Copy({}), {}
-        copy, values = dump_training(*_parts(state))
-        return copy, {"training": values, "random": random}
+        tensors, values = pack_training(*_parts(state))
+        return Copy(tensors), {**values, "random": random}
 
     def load(self, state: TorchState, tensors: Pending | Tensors, values: dict[str, Any]) -> TorchState:
-        """Go on from what `dump` returned."""
-        load_training(*_parts(state), resolved(tensors), values["training"])
+        """Resume from what `dump` returned."""
+        load_training(*_parts(state), {}, resolved(tensors), values)
         if state.group.rank < len(values["random"]):  # a process that was not there before draws from its own seed
             state.random = values["random"][state.group.rank]
         return state
@@ -177,10 +181,6 @@ def _check_batches(data: Data, options: UpdateOptions, group: Group) -> None:
         raise DataError(f"accumulate must be in 1..{share}, a process's examples per update; got {options.accumulate}")
     if options.channels_last and data.x.ndim != 4:
         raise DataError(f"channels_last needs images, [examples, channels, height, width]; got shape {data.x.shape}")
-
-
-def _sgd(module: nn.Module, lr: float, momentum: float, weight_decay: float) -> SGD:
-    return SGD(module.parameters(), lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay)
 
 
 def _build(model: str | Factory, input_shape: tuple[int, ...], n_classes: int, seed: int, member: int) -> nn.Module:

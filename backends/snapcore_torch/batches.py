@@ -58,8 +58,8 @@ class DeviceFeed:
 class LoaderFeed:
     """Batches of any loader of (inputs, labels), epoch after epoch.
 
-    The order is the loader's own, so there is no entering it at a given update: a loop over it goes on in the same
-    process only. What is to go on after a kill takes `SnapshotRun.batches`, or data in memory.
+    The order is the loader's own, so it cannot be entered at a given update: a loop over it continues in the same
+    process only. A run that is to resume after a kill takes `SnapshotRun.batches`, or data in memory.
 
     Arguments:
         loader: such as a `torch.utils.data.DataLoader`; walked again whenever it ends.
@@ -80,8 +80,8 @@ class LoaderFeed:
         """
         if start != self._given:
             raise ProtocolError(
-                f"a loader's batches come one after the other: asked for update {start} after {self._given} of them. "
-                "For a run that goes on after a kill use SnapshotRun.batches, or data in memory"
+                f"a loader's batches come in order, and update {start} was asked for after {self._given}: to resume "
+                "after a kill, use SnapshotRun.batches, or data in memory"
             )
         for _ in range(start, stop):
             x, y = next(self._endless)

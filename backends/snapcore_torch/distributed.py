@@ -14,7 +14,7 @@ class TorchGroup:
     """The processes of `torch.distributed`, as a run sees them.
 
     Values travel over a gloo group of its own, whatever the default group's backend is. Every process must make one
-    at the same place in its program.
+    at the same point of its program.
 
     Raises:
         ProtocolError: `torch.distributed` is not initialized.

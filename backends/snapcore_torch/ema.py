@@ -29,6 +29,6 @@ class AverageCount:
         """Set the count."""
         self._average.n_averaged.fill_(state["count"])
 
-    def begin_anew(self) -> None:
+    def start_over(self) -> None:
         """Have the next update set the averages to its weights, as the first one did."""
         self._average.n_averaged.zero_()

@@ -1,18 +1,19 @@
 """Snapshots from PyTorch Lightning's Trainer: one callback.
 
 Who owns what: Lightning's checkpoint holds weights, optimizer and loops, and in the callback's own state a `Position`;
-the run directory holds the members. Lightning restores what it saved, and the run goes on at that place: members
-taken after the checkpoint are forgotten and taken again. Nothing is written twice.
+the run directory holds the members. Lightning restores what it saved, and the run resumes at that position: members
+taken after the checkpoint are dropped and taken again. Nothing is written twice.
 """
 
 import importlib
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from snapcore import Program, ProtocolError, Schedule, SnapcoreError
+from snapcore import Program, ProtocolError, Schedule, SnapcoreError, Snapshot
 from snapcore.protocol import as_program
 from snapcore.run import Position, check_length
 from snapcore_torch.run import FreshWeights, SnapshotRun
@@ -53,7 +54,7 @@ class SnapshotCallback(Callback):
     `configure_optimizers`: no scheduler is needed. Schedulers of other optimizers are left alone. A `fast_dev_run`
     takes no snapshots.
 
-    After a kill, call `trainer.fit` with `ckpt_path` as ever: the run goes on at that checkpoint. Weights, optimizer
+    After a kill, call `trainer.fit` with `ckpt_path` as ever: the run resumes at that checkpoint. Weights, optimizer
     and loops are Lightning's to restore. The order of the data is exact where Lightning's is: from checkpoints at the
     end of an epoch, if the Trainer has `max_epochs` and a sampler shuffles by `set_epoch`; or with a loader that has
     state. (Given `max_steps` alone, Lightning 2.6 leaves the epoch after such a checkpoint after one batch.)
@@ -61,11 +62,13 @@ class SnapshotCallback(Callback):
     Arguments:
         directory: the run's own; created.
         cycles_or_program: a schedule, or a program from `snapcore.program`; its steps are the Trainer's `max_steps`.
-        resume: False moves an older run aside when training begins at step 0, so that it suits a script that starts
-            itself again; True refuses. A checkpoint's run goes on in any case.
+        resume: False moves an older run aside when training starts at step 0, which suits a script that is simply
+            started again; True refuses. A checkpoint's run is resumed in any case.
         optimizer: which of the module's optimizers to follow, from 0, if there are several; its own updates count.
         init: for programs with `fresh` restarts: gives a module or a state dict for a member number.
         reference_lr: the rate that the schedule stands for; by default found in the optimizer.
+        on_member: called with each `Snapshot` as it is taken.
+        metrics: called with each `Snapshot`; the numbers that it returns by name are recorded with the member.
 
     Raises:
         ProtocolError: when training starts: there are several optimizers and none was chosen, the optimizer has
@@ -90,13 +93,21 @@ class SnapshotCallback(Callback):
         optimizer: int | None = None,
         init: FreshWeights | None = None,
         reference_lr: float | None = None,
+        on_member: Callable[[Snapshot], object] | None = None,
+        metrics: Callable[[Snapshot], Mapping[str, float] | None] | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.program = as_program(cycles_or_program)
         self._chosen = optimizer
-        self._options: dict[str, Any] = {"resume": resume, "init": init, "reference_lr": reference_lr}
+        self._options: dict[str, Any] = {
+            "resume": resume,
+            "init": init,
+            "reference_lr": reference_lr,
+            "on_member": on_member,
+            "metrics": metrics,
+        }
         self._run: SnapshotRun | None = None
-        self._place: Position | None = None
+        self._position: Position | None = None
         self._seen = 0
 
     @property
@@ -105,18 +116,18 @@ class SnapshotCallback(Callback):
         return self._generate_state_key(optimizer=self._chosen)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place, once the members before it are on disk; nothing outside of training."""
+        """Return the position, once the members before it are on disk; nothing outside of training."""
         if self._run is not None:
-            self._place = self._run.position()
-        return {} if self._place is None else self._place.to_dict()
+            self._position = self._run.position()
+        return {} if self._position is None else self._position.to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the place that `state_dict` returned."""
-        self._place = Position.from_dict(state_dict)
+        """Resume at the position that `state_dict` returned."""
+        self._position = Position.from_dict(state_dict)
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:  # noqa: ARG002
-        """Forget the place of an earlier fit; a checkpoint is read after this."""
-        self._place = None
+        """Forget the position of an earlier fit; a checkpoint is read after this."""
+        self._position = None
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Open the run where the Trainer is, and set the first rate."""
@@ -125,7 +136,7 @@ class SnapshotCallback(Callback):
         optimizer = self._optimizer(trainer)
         self._check(trainer, optimizer, pl_module.automatic_optimization)
         self._seen = trainer.global_step
-        at = self._place or Position()
+        at = self._position or Position()
         self._run = SnapshotRun(self.directory, self.program, pl_module, optimizer, at=at, **self._options)
 
     def on_train_batch_end(self, trainer: "Trainer", *_: Any) -> None:
@@ -168,20 +179,19 @@ class SnapshotCallback(Callback):
         if strategy in _SHARDED:
             raise ProtocolError(f"{strategy} shards the weights, and a snapshot needs them whole: use strategy='ddp'")
         for config in trainer.lr_scheduler_configs:
-            if config.scheduler.optimizer is optimizer and not self._agrees(config):
+            scheduler = config.scheduler
+            ours = isinstance(scheduler, SnapshotLR) and scheduler.schedule == self.program.schedule
+            agrees = ours and (config.interval, config.frequency) == ("step", 1)
+            if scheduler.optimizer is optimizer and not agrees:
                 raise ProtocolError(
-                    f"the optimizer has a scheduler too, {type(config.scheduler).__name__} every {config.frequency} "
+                    f"the optimizer has a scheduler too, {type(scheduler).__name__} every {config.frequency} "
                     f"{config.interval}, and both would set its rate: return the optimizer alone from "
                     "configure_optimizers, or with {'scheduler': SnapshotLR(optimizer, cycles), 'interval': 'step'}"
                 )
-        if trainer.global_step and self._place is None:
+        if trainer.global_step and self._position is None:
             raise ProtocolError(
-                f"training goes on after step {trainer.global_step} of a checkpoint that was saved without this "
+                f"training resumes after step {trainer.global_step} of a checkpoint that was saved without this "
                 "callback: train from the beginning"
             )
         planned = trainer.estimated_stepping_batches if automatic else -1
         check_length(self.program, planned if planned >= 0 else float("inf"), "max_steps")
-
-    def _agrees(self, config: Any) -> bool:
-        ours = isinstance(config.scheduler, SnapshotLR) and config.scheduler.schedule == self.program.schedule
-        return ours and (config.interval, config.frequency) == ("step", 1)

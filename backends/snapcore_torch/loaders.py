@@ -1,4 +1,4 @@
-"""What a data loader draws from, so that it can be made part of the place in the data."""
+"""What a data loader draws from, so that it can be made part of the position in the data."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -8,24 +8,27 @@ import torch
 from torch.utils.data import DataLoader
 
 Batch = TypeVar("Batch")
+_PARTS = ("dataset", "sampler", "batch_sampler", "base_dataloader", "dataloader", "loader", "_loader")
 
 
 def generators(loader: object) -> list[torch.Generator]:
-    """Return the generators that a loader, its data set and its samplers were given, each once."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    holders = (
-        loader,
-        getattr(loader, "dataset", None),
-        getattr(loader, "sampler", None),
-        batch_sampler,
-        getattr(batch_sampler, "sampler", None),
-    )
-    found = [getattr(holder, "generator", None) for holder in holders]
-    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
+    """Return the generators that a loader, its data set, its samplers and the loaders it wraps have, each once."""
+    found: dict[int, torch.Generator] = {}
+    seen = {id(loader)}
+    holders = [loader]
+    for holder in holders:
+        for name in ("generator", "synchronized_generator", *_PARTS):
+            part = getattr(holder, name, None)
+            if isinstance(part, torch.Generator):
+                found[id(part)] = part
+            elif name in _PARTS and part is not None and id(part) not in seen:
+                seen.add(id(part))
+                holders.append(part)
+    return list(found.values())
 
 
 def with_new_workers(loader: Iterable[Batch]) -> Iterable[Batch]:
-    """Return the loader, or one that starts its workers anew every epoch if they would outlive it.
+    """Return the loader, or one that starts new workers every epoch if they would outlive it.
 
     A worker's random streams are seeded when it starts, and nobody can save them later on.
     """
@@ -36,7 +39,7 @@ def with_new_workers(loader: Iterable[Batch]) -> Iterable[Batch]:
 
 class _NewWorkers(Generic[Batch]):
     def __init__(self, loader: "DataLoader[Any]") -> None:
-        self._loader, self.sampler = loader, loader.sampler
+        self._loader = loader
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = copy.copy(self._loader)

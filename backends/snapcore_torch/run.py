@@ -1,4 +1,4 @@
-"""A run for a training loop of your own: it counts, sets the rate, takes the snapshots, and goes on after a kill."""
+"""A run for a training loop of your own: it counts, sets the rate, takes the snapshots, and resumes after a kill."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -11,24 +11,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from snapcore import Program, ProtocolError, Schedule
+from snapcore import Program, ProtocolError, Schedule, Snapshot
 from snapcore.protocol import OptimizerState
 from snapcore.run import Group, Position, Recorder
 from snapcore.store import Tensors
-from snapcore_torch.counting import UpdateCount, inner
+from snapcore_torch.counting import ParameterWatch, UpdateCount
 from snapcore_torch.distributed import copy_from_first, current_group, refuse_sharded
 from snapcore_torch.ema import AverageCount
 from snapcore_torch.loaders import generators, with_new_workers
+from snapcore_torch.optimizers import check_optimizer, inside, settings_of
 from snapcore_torch.schedule import GroupRates
 from snapcore_torch.state import (
     Copy,
-    dump_training,
     load_training,
     load_weights,
     named_tensors,
+    pack_training,
     random_state,
     set_generators,
     set_random_state,
+    states_of_all,
 )
 
 Batch = TypeVar("Batch")
@@ -36,12 +38,12 @@ FreshWeights = Callable[[int], "nn.Module | Mapping[str, Tensor]"]
 
 
 class SnapshotRun:
-    """Take snapshots from a training loop of your own, and go on after a kill.
+    """Take snapshots from a training loop of your own, and resume after a kill.
 
-    It counts the optimizer's own steps, so `step()` may as well be called once per micro-batch. `step()` sets the
-    rate of the next update; at the end of a cycle it first copies the weights, and the file is written behind the
-    loop. No scheduler is needed beside it. Opening the directory of an unfinished run again restores weights,
-    optimizer, rate and random states; with `batches`, the order of the data too.
+    It counts the optimizer's own steps, so `step()` may as well be called once per micro-batch; parameters that change
+    without one are refused. `step()` sets the rate of the next update; at the end of a cycle it first copies the
+    weights, and the file is written behind the loop. No scheduler is needed beside it. Opening the directory of an
+    unfinished run again restores weights, optimizer, rate and random states; with `batches`, the order of the data too.
 
     Where `torch.distributed` is initialized, as under `torchrun`, its processes train one model together: each makes a
     run for the same directory and calls `step()` at the same updates. Process 0 writes, and the others copy nothing. A
@@ -51,22 +53,28 @@ class SnapshotRun:
         directory: the run's own; created.
         cycles_or_program: a schedule, or a program from `snapcore.program`.
         model: whose state is copied: parameters and persistent buffers.
-        optimizer: the one optimizer that trains it. Groups keep their ratio to the reference rate.
-        resume: go on with an unfinished run that is there; False moves any run aside.
+        optimizer: the one optimizer that trains it, or parts of it. Groups keep their ratio to the reference rate, as
+            do those that are added later.
+        resume: resume an unfinished run that is there; False moves any run aside.
         resume_every: updates between two resume points, beside those at every cycle's end.
         init: for programs with `fresh` restarts: gives a module or a state dict for a member number.
         reference_lr: the rate that the schedule stands for; by default found in the optimizer.
         scaler: a `GradScaler`; updates that it skips are not counted, and its state is part of resume points.
-        state: more objects with `state_dict` and `load_state_dict` for resume points, by name; a loader among them
-            is taken to know its own place.
+        state: more objects with `state_dict` and `load_state_dict` for resume points, by name; modules that the
+            optimizer trains beside the model must be among them. A loader is taken to keep its own position. Of several
+            processes each gets its own back.
         weights: another module whose weights become the members, such as an `AveragedModel` (EMA); its count is part of
             resume points, and a restart gives it the new weights too.
         at: where a trainer that keeps checkpoints of its own starts or resumes, from `position()`; it has restored
             weights and optimizer by then. Resume points and SIGTERM are left to it.
+        on_member: called with each `Snapshot` as it is taken.
+        metrics: called with each `Snapshot`; the numbers that it returns by name are recorded with the member.
 
     Raises:
-        StoreError: the directory holds a finished run or another program's, is being written, or cannot be written.
-        ProtocolError: the program restarts from fresh weights and `init` is missing; several optimizers.
+        StoreError: the directory holds a finished run, another program's or another optimizer's, is being written, or
+            cannot be written.
+        ProtocolError: the program restarts from fresh weights and `init` is missing; several optimizers; one that
+            trains something else than the model, or shards its state.
         DataError: a state holds something that could only be pickled, or does not fit what was saved; the weights are
             sharded over several processes.
 
@@ -84,7 +92,7 @@ class SnapshotRun:
         (64, True)
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  all but four are keywords, and each stands alone
         self,
         directory: str | Path,
         cycles_or_program: Schedule | Program,
@@ -99,22 +107,35 @@ class SnapshotRun:
         state: Mapping[str, Any] | None = None,
         weights: nn.Module | None = None,
         at: Position | None = None,
+        on_member: Callable[[Snapshot], object] | None = None,
+        metrics: Callable[[Snapshot], Mapping[str, float] | None] | None = None,
     ) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise ProtocolError(
-                f"one torch.optim.Optimizer is counted, got {type(optimizer).__name__}: make one optimizer with a "
-                "parameter group for each, or give the others to a scheduler of their own and to state="
-            )
-        optimizer = inner(optimizer)
+        self._state = dict(state or {})
+        for name, each in self._state.items():
+            if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
+                raise ProtocolError(
+                    f"state= takes objects with state_dict and load_state_dict, got {type(each).__name__} as {name!r}"
+                )
+        check_optimizer(optimizer, model, self._state)
+        refuse_sharded(model)
         members = model if weights is None else weights
+        named_tensors(members)
         average = AverageCount(weights) if isinstance(weights, AveragedModel) else None
         own = {"scaler": scaler, "average": average}
-        self._extras = {**(state or {}), **{name: each for name, each in own.items() if each is not None}}
-        refuse_sharded(model)
-        named_tensors(members)
+        self._optimizer, self._scaler = optimizer, scaler
         self._rates = GroupRates(optimizer, reference_lr)
+        self._used_lr: float | None = None  # of the last update, if it was not the schedule's
         group = current_group()
-        self._source = _Source(members, model, optimizer, self._extras, group=group, average=average, init=init)
+        self._source = _Source(
+            members,
+            model,
+            optimizer,
+            {name: each for name, each in own.items() if each is not None},
+            self._state,
+            group=group,
+            average=average,
+            init=init,
+        )
         self._recorder = Recorder(
             directory,
             cycles_or_program,
@@ -124,6 +145,8 @@ class SnapshotRun:
             resume_every=resume_every,
             group=group,
             at=at,
+            on_member=on_member,
+            metrics=metrics,
         )
         self._cursor = self._recorder.cursor
         try:
@@ -131,8 +154,9 @@ class SnapshotRun:
         except BaseException:
             self._recorder.close(exact=False)
             raise
-        self._count = UpdateCount(optimizer)
         self._rates.apply(self._cursor.lr)
+        self._count = UpdateCount(optimizer, before=self._before_update)
+        self._watch = ParameterWatch(model, optimizer)
 
     @property
     def updates(self) -> int:
@@ -149,40 +173,59 @@ class SnapshotRun:
         """The schedule's rate for the next update."""
         return self._cursor.lr
 
-    def step(self, updates: int | None = None) -> None:
+    def step(self, updates: int | None = None) -> Snapshot | None:
         """Record the updates done since the last call, take what is due, set the next rate.
 
         Arguments:
             updates: how many; by default those that the optimizer itself counted. Say it where no Python runs at an
-                update, as in a replayed CUDA graph.
+                update, as in a replayed CUDA graph, or where something else than the optimizer does it.
+
+        Returns:
+            The snapshot that was taken, or None.
 
         Raises:
-            ProtocolError: an update came after the program had stopped.
+            ProtocolError: an update came after the program had stopped, or was done by something else.
             StoreError, DivergedError: an earlier member could not be written or was refused.
             SystemExit: with code 143, after a SIGTERM and its resume point.
         """
+        skipped = self._count.skipped
         counted = self._count.take()
         n = counted if updates is None else updates
-        self._recorder.record(n, late="take")
+        if updates is None and not counted and not skipped and self._count.counts:
+            self._watch.check(excuse=self._scaler_has_skipped)
+        used, self._used_lr = self._used_lr, None
+        setter = "a scheduler beside the run" if hasattr(self._optimizer.step, "_wrapped_by_lr_sched") else ""
+        events = self._recorder.record(n, late="take", used_lr=used, setter=setter)
         if n:
             self._rates.apply(self._cursor.lr)
+        if n or skipped:  # after a restart, which writes to the parameters too
+            self._watch.settle()
+        return next((event for event in events if isinstance(event, Snapshot)), None)
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the loader's batches, epoch after epoch, until the program stops; after a resume, go on where it was.
+        """Yield the loader's batches, epoch after epoch, until the program stops; after a resume, from where it was.
 
-        The order is exact if it is drawn when an epoch begins, from the random states (`shuffle=True`) or from a
+        The order is exact if it is drawn when an epoch starts, from the random states (`shuffle=True`) or from a
         `generator` of the loader, its data set or its samplers; if it depends on `set_epoch`; or if it is kept in the
         loader's own state, given in `state=`. So is what the data set draws for each batch, in this process or in
-        workers. Workers are started anew every epoch, those of `persistent_workers=True` too: nobody can save the
+        workers. New workers are started every epoch, those of `persistent_workers=True` too: nobody can save the
         random streams of older ones.
         """
-        stateful = any(loader is each for each in self._extras.values())
-        self._source.use(loader)
-        return self._recorder.batches(with_new_workers(loader), stateful=stateful)
+        return self._recorder.batches(self._walked(loader), stateful=self._is_state(loader))
+
+    def epochs(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Iterator[Batch]]]:
+        """Yield (epoch, its batches), from epoch 0, until the program stops; otherwise as `batches`.
+
+        After a resume the first is the epoch that was under way, with the batches that are left of it. If it was
+        stopped after its last update none is left, and what the loop does at the end of an epoch is done then.
+        """
+        return self._recorder.epochs_of(self._walked(loader), stateful=self._is_state(loader))
 
     def extend(self) -> None:
-        """Take in parameter groups that were added to the optimizer, at their ratio to the reference rate."""
-        self._rates.extend()
+        """Take in parameter groups that were added to the optimizer, at their ratio to the reference rate.
+
+        The next update does it by itself; this sets their rate already now.
+        """
         self._rates.apply(self._cursor.lr)
 
     def position(self) -> Position:
@@ -198,6 +241,27 @@ class SnapshotRun:
         """Wait for the writer and raise its error, if it has one; a run left early may be opened again."""
         self._count.remove()
         self._recorder.close()
+
+    def _walked(self, loader: Iterable[Batch]) -> Iterable[Batch]:
+        self._source.use(loader)
+        self._watch.settle()  # whatever was done to the weights between opening the run and training
+        return with_new_workers(loader)
+
+    def _is_state(self, loader: object) -> bool:
+        return any(loader is each for each in self._state.values())
+
+    def _before_update(self) -> None:
+        if torch.compiler.is_compiling():  # what is read here would be compiled in
+            return
+        if self._rates.extend():
+            self._rates.apply(self._cursor.lr)
+        self._used_lr = self._rates.taken_over()
+
+    def _scaler_has_skipped(self) -> bool:
+        if getattr(self._optimizer, "step_was_skipped", False):  # Accelerate's
+            return True
+        scaler = self._scaler
+        return scaler is not None and scaler.is_enabled() and scaler.state_dict()["_growth_tracker"] == 0
 
     def __enter__(self) -> Self:
         return self
@@ -217,13 +281,15 @@ class _Source:
         members: nn.Module,
         model: nn.Module,
         optimizer: Optimizer,
-        extras: Mapping[str, Any],
+        own: Mapping[str, Any],
+        state: Mapping[str, Any],
         *,
         group: Group,
         average: AverageCount | None,
         init: FreshWeights | None,
     ) -> None:
-        self._members, self._model, self._optimizer, self._extras = members, model, optimizer, extras
+        self._members, self._model, self._optimizer = members, model, optimizer
+        self._own, self._state = own, state
         self._group, self._average, self._init = group, average, init
         self._writes = group.rank == 0
         self._generators: list[torch.Generator] | None = None
@@ -257,19 +323,23 @@ class _Source:
                 load_weights(module, tensors, "a restart's member")
                 copy_from_first(named_tensors(module), self._group)
             if self._average is not None:
-                self._average.begin_anew()
+                self._average.start_over()
         if optimizer == "reset":
-            self._optimizer.state.clear()
+            for each in (self._optimizer, *inside(self._optimizer)):
+                each.state.clear()
 
     def dump(self) -> tuple[Copy, dict[str, Any]]:
-        parts = self._members, self._model, self._optimizer, self._extras
-        return dump_training(*parts) if self._writes else (Copy({}), {})
+        states = states_of_all(self._state, self._group)
+        # In every process: what one refuses all must refuse, or the others would wait for it.
+        tensors, values = pack_training(self._members, self._model, self._optimizer, self._own, states)
+        return Copy(tensors if self._writes else {}), values
 
     def load(self, tensors: Tensors, values: dict[str, Any]) -> None:
-        load_training(self._members, self._model, self._optimizer, self._extras, tensors, values)
+        rank = self._group.rank
+        load_training(self._members, self._model, self._optimizer, self._own, self._state, tensors, values, rank=rank)
 
     def settings(self) -> dict[str, Any]:
-        return {}
+        return settings_of(self._optimizer)
 
     def random_state(self) -> dict[str, Any]:
         return random_state(self._generators or ())

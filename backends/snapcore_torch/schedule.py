@@ -19,7 +19,7 @@ class GroupRates:
 
     Arguments:
         optimizer: whose groups' `initial_lr`, or else `lr`, count.
-        reference_lr: takes the place of the reference found.
+        reference_lr: used instead of the reference found.
 
     Raises:
         ScheduleError: no group has a rate above 0, or `reference_lr` is not above 0.
@@ -33,46 +33,61 @@ class GroupRates:
         if not 0 < self.reference < math.inf:
             raise ScheduleError(
                 f"reference_lr must be above 0, got {self.reference}: the groups' rates are relative to it. Build the "
-                "optimizer with its usual rates; the schedule sets them from the first update on"
+                "optimizer with its usual rates"
             )
         self._optimizer = optimizer
         self.ratios: list[float] = []
+        self._applied: list[Any] = []
         self.extend()
 
-    def extend(self) -> None:
-        """Take in the groups that were added to the optimizer since."""
+    def extend(self) -> bool:
+        """Take in the groups that were added to the optimizer since; return whether there were any."""
+        known = len(self.ratios)
         groups = self._optimizer.param_groups
-        for place, group in enumerate(groups[len(self.ratios) :], len(self.ratios)):
+        for index, group in enumerate(groups[len(self.ratios) :], len(self.ratios)):
             if isinstance(group["lr"], Tensor):
-                if any(group["lr"] is other["lr"] for other in groups[:place]):
+                if any(group["lr"] is other["lr"] for other in groups[:index]):
                     group["lr"] = group["lr"].clone()
                 group.setdefault("initial_lr", group["lr"].clone())
             group.setdefault("initial_lr", group["lr"])  # where schedulers look, and the next run of this optimizer
             self.ratios.append(_initial(group) / self.reference)
+        return len(groups) > known
 
     def of(self, rate: float) -> list[float]:
-        """Return every group's share of `rate`.
+        """Return every group's share of `rate`, those of groups added since among them.
 
         Raises:
-            ScheduleError: groups were added to the optimizer since.
+            ScheduleError: groups were removed.
         """
-        if len(self._optimizer.param_groups) != len(self.ratios):
+        self.extend()
+        if len(self.ratios) > len(self._optimizer.param_groups):
             raise ScheduleError(
-                f"the optimizer has {len(self._optimizer.param_groups)} parameter groups, the schedule was given "
-                f"{len(self.ratios)}: call extend() after add_param_group()"
+                f"the optimizer has {len(self._optimizer.param_groups)} parameter groups and had {len(self.ratios)}: "
+                "groups cannot be removed; set requires_grad to False instead"
             )
         return [rate * ratio for ratio in self.ratios]
 
     def apply(self, rate: float) -> None:
         """Give every group its share of `rate`."""
-        groups = self._optimizer.param_groups
-        if len(groups) != len(self.ratios):
-            self.of(rate)  # says what to do
-        for group, ratio in zip(groups, self.ratios, strict=True):
+        self._applied.clear()
+        for group, share in zip(self._optimizer.param_groups, self.of(rate), strict=True):
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate * ratio)
+                group["lr"].fill_(share)
             else:
-                group["lr"] = rate * ratio
+                group["lr"] = share
+            self._applied.append(_written(group["lr"]))
+
+    def taken_over(self) -> float | None:
+        """Return the rate, in the schedule's terms, that someone else has set since `apply`; None if nobody has."""
+        for group, ratio, applied in zip(self._optimizer.param_groups, self.ratios, self._applied, strict=False):
+            if _written(group["lr"]) != applied:
+                return float(group["lr"]) / (ratio or 1.0)
+        return None
+
+
+def _written(rate: Any) -> Any:
+    """Return what tells whether a rate was set since; of a tensor not its value, which may be on a GPU."""
+    return (id(rate), rate._version) if isinstance(rate, Tensor) else rate
 
 
 def _initial(group: dict[str, Any]) -> float:
@@ -92,7 +107,7 @@ class SnapshotLR(LRScheduler):
     Arguments:
         optimizer: any `torch.optim.Optimizer`.
         schedule: such as `snapcore.CosineCycles`; from `schedule.steps` on, its last rate holds.
-        last_epoch: as in every scheduler of PyTorch, −1 to begin.
+        last_epoch: as in every scheduler of PyTorch, −1 to start.
         reference_lr: the rate that the schedule stands for; by default found in the optimizer.
 
     Raises:
@@ -131,10 +146,14 @@ class SnapshotLR(LRScheduler):
         """Return each group's rate for the update that follows `last_epoch` others."""
         if not self._get_lr_called_within_step:
             warnings.warn("to read the rate last set, use get_last_lr()", UserWarning, stacklevel=2)
+        self.extend()
         return list(self._rates.of(self._schedule(self.last_epoch)))
 
     def extend(self) -> None:
-        """Take in parameter groups that were added to the optimizer, at their ratio to the reference rate."""
+        """Take in parameter groups that were added to the optimizer, at their ratio to the reference rate.
+
+        `step` does it by itself, before it sets the rates.
+        """
         self._rates.extend()
         for group in self.optimizer.param_groups[len(self.base_lrs) :]:
             self.base_lrs.append(group["initial_lr"])
@@ -145,7 +164,7 @@ class SnapshotLR(LRScheduler):
         return {**state, "schedule": self._schedule.to_dict(), "ratios": self._rates.ratios[:]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Set the place; the argument is not changed.
+        """Set the position; the argument is not changed.
 
         Raises:
             ScheduleError: the state was saved under another schedule.

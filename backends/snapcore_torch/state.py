@@ -1,5 +1,7 @@
 """A module's and an optimizer's state as named tensors: the copy, and the way back."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,12 +14,17 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from snapcore import DataError
-from snapcore.run import WEIGHTS
+from snapcore.run import WEIGHTS, Group
 from snapcore.store import Tensors, check_fit, pack, unpack
+from snapcore_torch.optimizers import check_states_fit, load_states, optimizer_states
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 MODEL = "model/"
-"""What the names of the trained weights begin with in a resume point, when others are the members'."""
+"""What the names of the trained weights start with in a resume point, when others are the members'."""
+_INTEGERS = {torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64}
+_STORABLE = {*_INTEGERS, torch.bool, torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64}
+TRAINING = "training"
+"""What the names of all other tensors start with in a resume point."""
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -52,16 +59,20 @@ def plain_name(name: str) -> str:
 
 
 class Copy:
-    """A copy of named tensors on their own device, on its way to the host."""
+    """A copy of named tensors on their own device, on its way to the host.
+
+    Tensors that are one, such as tied weights, are copied once, and `resolve` gives one array for all their names.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         copies: dict[tuple[Any, ...], Tensor] = {}
         self._tensors = {}
         for name, tensor in tensors.items():
-            place = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-            if place not in copies:  # tied weights are copied once
-                copies[place] = tensor.detach().clone()
-            self._tensors[name] = copies[place]
+            refuse_unstorable(name, tensor)
+            memory = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+            if memory not in copies:
+                copies[memory] = tensor.detach().clone()
+            self._tensors[name] = copies[memory]
         devices = {tensor.device for tensor in self._tensors.values() if tensor.is_cuda}
         self._copied = {device: torch.cuda.current_stream(device).record_event() for device in devices}
 
@@ -70,11 +81,23 @@ class Copy:
         streams = {device: torch.cuda.Stream(device) for device in self._copied}  # type: ignore[no-untyped-call]
         for device, stream in streams.items():
             stream.wait_event(self._copied[device])
-        arrays = {}
-        for name, tensor in self._tensors.items():
-            with torch.cuda.stream(streams.get(tensor.device)):
-                arrays[name] = to_numpy(tensor)
-        return arrays
+        arrays: dict[int, NDArray[Any]] = {}
+        for tensor in self._tensors.values():
+            if id(tensor) not in arrays:
+                with torch.cuda.stream(streams.get(tensor.device)):
+                    arrays[id(tensor)] = to_numpy(tensor)
+        return {name: arrays[id(tensor)] for name, tensor in self._tensors.items()}
+
+
+def refuse_unstorable(name: str, tensor: Tensor) -> None:
+    """Raise `DataError` if a file cannot hold the tensor."""
+    dense = tensor.layout == torch.strided and tensor.device.type != "meta"
+    if not dense or tensor.dtype not in _STORABLE:
+        kind = tensor.layout if tensor.layout != torch.strided else tensor.dtype if dense else tensor.device
+        raise DataError(
+            f"{name.removeprefix(WEIGHTS)!r} is a {str(kind).removeprefix('torch.')} tensor, which a file of a run "
+            "cannot hold: register it with persistent=False, or keep it dense and of another type"
+        )
 
 
 def to_numpy(tensor: Tensor) -> NDArray[Any]:
@@ -104,21 +127,46 @@ def load_weights(module: nn.Module, tensors: Tensors, what: str) -> None:
     Raises:
         DataError: names or shapes are not the module's.
     """
-    check_module_fit(module, {name: array.shape for name, array in tensors.items()}, what)
+    check_loadable(module, tensors, what)
     inner = unwrapped(module)
     inner.load_state_dict({name: to_torch(tensors[plain_name(name)]) for name in inner.state_dict()})
 
 
-def dump_training(
-    members: nn.Module, model: nn.Module, optimizer: Optimizer, extras: Mapping[str, Any]
-) -> tuple[Copy, dict[str, Any]]:
-    """Return a copy of all that training needs to go on, as `load_training` takes it.
+def check_loadable(module: nn.Module, tensors: Tensors, what: str) -> None:
+    """Raise `DataError` unless the module can load these arrays.
+
+    A part that loads its own tensors in its own way, such as an observer of quantization whose ranges have no shape
+    before they are seen, takes other shapes than it has.
+    """
+    loads_itself = tuple(
+        plain_name(name + "." if name else "")
+        for name, part in unwrapped(module).named_modules()
+        if type(part)._load_from_state_dict is not nn.Module._load_from_state_dict
+        and not type(part).__module__.startswith("torch.nn.")
+    )
+    own = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
+    given = {
+        name: own.get(name, array.shape) if name.startswith(loads_itself) else array.shape
+        for name, array in tensors.items()
+    }
+    check_module_fit(module, given, what)
+
+
+def pack_training(
+    members: nn.Module,
+    model: nn.Module,
+    optimizer: Optimizer,
+    own: Mapping[str, Any],
+    states: Sequence[Mapping[str, Any] | None] = (),
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return all that training needs to resume, as tensors that are not copied and plain JSON for `load_training`.
 
     Arguments:
         members: whose weights become the members; most often `model` itself.
         model: what is trained.
         optimizer: what trains it.
-        extras: more objects with a `state_dict`, by name.
+        own: more objects with a `state_dict` that every process has alike, by name.
+        states: each process's own `state_dict`s by name, from `states_of_all`.
 
     Raises:
         DataError: a state holds something that could only be pickled; the message names it.
@@ -126,54 +174,86 @@ def dump_training(
     tensors = {WEIGHTS + name: tensor for name, tensor in named_tensors(members).items()}
     if unwrapped(members) is not unwrapped(model):
         tensors |= {MODEL + name: tensor for name, tensor in named_tensors(model).items()}
-    values = {}
-    for name, stateful in {"optimizer": optimizer, **extras}.items():
-        values[name], found = pack(stateful.state_dict(), name, torch.is_tensor)
-        tensors |= found
-    return Copy(tensors), values
+    parts = {
+        "optimizer": optimizer_states(optimizer),
+        "own": {name: each.state_dict() for name, each in own.items()},
+        "state": list(states),
+    }
+    values, found = pack(parts, TRAINING, torch.is_tensor)  # at once, so that no two names are the same
+    return tensors | found, {"training": values}
 
 
 def load_training(
     members: nn.Module,
     model: nn.Module,
     optimizer: Optimizer,
-    extras: Mapping[str, Any],
+    own: Mapping[str, Any],
+    state: Mapping[str, Any],
     tensors: Tensors,
     values: Mapping[str, Any],
+    *,
+    rank: int = 0,
 ) -> None:
-    """Go on from what `dump_training` copied.
+    """Resume from what `pack_training` returned. What can be checked is checked before anything is changed.
+
+    Arguments:
+        members: as given to `pack_training`.
+        model: as given to it.
+        optimizer: as given to it.
+        own: as given to it.
+        state: the objects whose states `states_of_all` gathered; each gets this process's own, or process 0's if this
+            one had none.
+        tensors: what `pack_training` returned, as host arrays.
+        values: what it returned beside them.
+        rank: the number of this process.
 
     Raises:
-        DataError: names or shapes are not the model's, or the extras are others than those saved.
+        DataError: names or shapes are not the model's, or the optimizer or `state` are others than those saved.
     """
-    if values.keys() != {"optimizer", *extras}:
-        raise DataError(f"the run was saved with {sorted(values)}; give the same state=, got {sorted(extras)}")
-    load_weights(members, _part(tensors, WEIGHTS), "the resume point")
+    saved = unpack(values["training"], {name: to_torch(tensors[name]) for name in tensors if name.startswith(TRAINING)})
+    states = saved["state"] or [{}]
+    mine = states[rank] if rank < len(states) and states[rank] is not None else states[0]
+    names, wanted = {*saved["own"], *mine}, {*own, *state}
+    if saved["own"].keys() != own.keys() or mine.keys() != state.keys():
+        raise DataError(
+            f"the run was saved with {sorted(names)} beside model and optimizer, got {sorted(wanted)}: give the same "
+            "state= and scaler="
+        )
+    modules = {members: _part(tensors, WEIGHTS)}
     if unwrapped(members) is not unwrapped(model):
-        load_weights(model, _part(tensors, MODEL), "the resume point")
-    rest = {name: to_torch(array) for name, array in tensors.items() if not name.startswith((WEIGHTS, MODEL))}
-    _load_optimizer(optimizer, unpack(values["optimizer"], rest))
-    for name, stateful in extras.items():
-        stateful.load_state_dict(unpack(values[name], rest))
+        modules[model] = _part(tensors, MODEL)
+    for module, weights in modules.items():
+        check_loadable(module, weights, "the resume point")
+    check_states_fit(optimizer, saved["optimizer"])
+    # The weights come last: what loads a state of the user's own may refuse it.
+    for name, each in state.items():
+        each.load_state_dict(mine[name])
+    for name, each in own.items():
+        each.load_state_dict(saved["own"][name])
+    load_states(optimizer, saved["optimizer"])
+    for module, weights in modules.items():
+        load_weights(module, weights, "the resume point")
+
+
+def states_of_all(state: Mapping[str, Any], group: Group) -> list[dict[str, Any] | None]:
+    """Return the `state_dict` of each object in every process, None for a process that has what process 0 has."""
+    mine = {name: each.state_dict() for name, each in state.items()}
+    if group.size == 1 or not mine:
+        return [mine]
+    packed, tensors = pack(mine, "state", torch.is_tensor)
+    digest = hashlib.sha256(json.dumps(packed).encode())
+    for name, tensor in tensors.items():
+        refuse_unstorable(name, tensor)
+        digest.update(to_numpy(tensor).tobytes())
+    digests = group.gather(digest.hexdigest())
+    differs = digests[group.rank] != digests[0]
+    host = {name: tensor.detach().cpu() for name, tensor in tensors.items()} if differs else {}
+    others = group.gather((packed, host) if differs else None) if len(set(digests)) > 1 else []
+    return [mine, *(None if each is None else unpack(*each) for each in others[1:])]
 
 
 def _part(tensors: Tensors, prefix: str) -> Tensors:
     return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
-
-
-def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    if len(state["param_groups"]) != len(optimizer.param_groups):
-        raise DataError(
-            f"the run was saved with {len(state['param_groups'])} parameter groups, got {len(optimizer.param_groups)}: "
-            "build the optimizer as it was then"
-        )
-    optimizer.load_state_dict(state)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for place, saved in state["state"].items():
-        own = optimizer.state[parameters[place]]
-        for name, value in saved.items():  # load_state_dict casts moments to the parameter's dtype, which loses bits
-            if isinstance(value, Tensor) and own[name].dtype != value.dtype:
-                own[name] = value.to(own[name].device, copy=True)
 
 
 def random_state(generators: Iterable[torch.Generator] = ()) -> dict[str, Any]:
@@ -199,7 +279,7 @@ def set_generators(generators: Sequence[torch.Generator], state: Mapping[str, An
     states = state["generators"]
     if len(generators) != len(states):
         raise DataError(
-            f"the epoch was begun with {len(states)} generators in the loader, got {len(generators)}: build the "
+            f"the loader had {len(states)} generators when the epoch started, got {len(generators)}: build the "
             "loader as it was then"
         )
     for generator, each in zip(generators, states, strict=True):

@@ -4,9 +4,9 @@ Nothing is read back between two reports: losses stay on the device until a chun
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,12 @@ class Loop:
         begun = len(self.optimizer.state)
         loss = self._attempt(x, y)
         while self._count is not None and not self._count.take():
-            self._check_scale()
+            scale = self.scaler.get_scale()
+            if scale < _LEAST_SCALE:
+                raise DivergedError(
+                    f"gradients overflow in float16 even with the loss scaled by {scale}; earlier members are kept. "
+                    "Lower the learning rate, clip gradients, or compute in bfloat16"
+                )
             if not begun:  # fused SGD leaves an undefined momentum behind when its very first step is skipped
                 self.optimizer.state.clear()
             loss = self._attempt(x, y)
@@ -114,7 +119,9 @@ class Loop:
             return self._backward(x, y)
         losses = []
         for number, (some, labels) in enumerate(zip(x.tensor_split(parts), y.tensor_split(parts), strict=True), 1):
-            with self._alone(until_last=number < parts):
+            # Gradients meet those of the other processes once, at the last micro-batch.
+            last = number == parts or not isinstance(self._forward, DistributedDataParallel)
+            with nullcontext() if last else cast("DistributedDataParallel", self._forward).no_sync():
                 losses.append(self._backward(some, labels, share=len(labels) / len(y)))
         return torch.stack(losses).sum()
 
@@ -125,20 +132,6 @@ class Loop:
             loss = loss * share
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
-
-    def _alone(self, *, until_last: bool) -> AbstractContextManager[None]:
-        """Gradients meet those of the other processes once, at the last micro-batch."""
-        if until_last and isinstance(self._forward, DistributedDataParallel):
-            return self._forward.no_sync()
-        return nullcontext()
-
-    def _check_scale(self) -> None:
-        scale = self.scaler.get_scale()
-        if scale < _LEAST_SCALE:
-            raise DivergedError(
-                f"gradients overflow in float16 even with the loss scaled by {scale}; the members taken before are "
-                "kept. Lower the learning rate, clip gradients, or compute in bfloat16"
-            )
 
     def _flush(self, losses: list[Tensor], step: int, report: Report) -> None:
         if losses:

@@ -1,11 +1,11 @@
 """Snapshots from the Trainer of transformers: one callback.
 
-Who owns what: the Trainer's checkpoint holds weights, optimizer, random states and the place in the data, and in
+Who owns what: the Trainer's checkpoint holds weights, optimizer, random states and the position in the data, and in
 `trainer_state.json` a `Position`; the run directory holds the members. The Trainer restores what it saved, and the run
-goes on at that place: members taken after the checkpoint are forgotten and taken again.
+resumes at that position: members taken after the checkpoint are dropped and taken again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
         "snapcore_torch.transformers needs transformers: pip install 'snapcore[transformers]'", name="transformers"
     ) from error
 
-from snapcore import Program, ProtocolError, Schedule, program_from_dict
+from snapcore import Program, ProtocolError, Schedule, Snapshot, program_from_dict
 from snapcore.protocol import as_program
 from snapcore.run import Position, check_length
 from snapcore_torch.run import FreshWeights, SnapshotRun
@@ -36,21 +36,23 @@ class SnapshotCallback(TrainerCallback, ExportableState):
     `lr_scheduler_type="constant"`, which the callback overrides, or `optimizers=(optimizer, SnapshotLR(optimizer,
     cycles))`, with which the rate is right in the Trainer's logs too.
 
-    After a kill, call `trainer.train(resume_from_checkpoint=…)` as ever: the run goes on at that checkpoint.
+    After a kill, call `trainer.train(resume_from_checkpoint=…)` as ever: the run resumes at that checkpoint.
 
     Arguments:
         directory: the run's own; created.
         cycles_or_program: a schedule, or a program from `snapcore.program` (also as its `to_dict()`); its steps are the
             Trainer's `max_steps`.
-        resume: False moves an older run aside when training begins at step 0, so that it suits a script that starts
-            itself again; True refuses. A checkpoint's run goes on in any case.
+        resume: False moves an older run aside when training starts at step 0, which suits a script that is simply
+            started again; True refuses. A checkpoint's run is resumed in any case.
         init: for programs with `fresh` restarts: gives a module or a state dict for a member number. The Trainer's
-            `restore_callback_states_from_checkpoint` would lose it; leave that off.
+            `restore_callback_states_from_checkpoint` would lose it and the functions below; leave that off.
         reference_lr: the rate that the schedule stands for; by default the optimizer's.
+        on_member: called with each `Snapshot` as it is taken.
+        metrics: called with each `Snapshot`; the numbers that it returns by name are recorded with the member.
 
     Raises:
         ProtocolError: when training starts: the Trainer has another scheduler, is to do more updates than the program,
-            shards the model, or goes on from a checkpoint that was saved without this callback.
+            shards the model, or resumes from a checkpoint that was saved without this callback.
         StoreError: the directory holds a finished run or another training's, or cannot be written.
 
     Example:
@@ -70,21 +72,29 @@ class SnapshotCallback(TrainerCallback, ExportableState):
         resume: bool = True,
         init: FreshWeights | None = None,
         reference_lr: float | None = None,
+        on_member: Callable[[Snapshot], object] | None = None,
+        metrics: Callable[[Snapshot], Mapping[str, float] | None] | None = None,
     ) -> None:
         given = cycles_or_program
         self.directory = Path(directory)
         self.program = program_from_dict(given) if isinstance(given, Mapping) else as_program(given)
-        self._options: dict[str, Any] = {"resume": resume, "init": init, "reference_lr": reference_lr}
+        self._options: dict[str, Any] = {
+            "resume": resume,
+            "init": init,
+            "reference_lr": reference_lr,
+            "on_member": on_member,
+            "metrics": metrics,
+        }
         self._run: SnapshotRun | None = None
-        self.place = Position().to_dict()
+        self.position = Position().to_dict()
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer keeps in a checkpoint, once the members before it are on disk."""
         if self._run is not None:
-            self.place = self._run.position().to_dict()
+            self.position = self._run.position().to_dict()
         kept = {name: self._options[name] for name in ("resume", "reference_lr")}
         arguments = {"directory": str(self.directory), "cycles_or_program": self.program.to_dict(), **kept}
-        return {"args": arguments, "attributes": {"place": self.place}}
+        return {"args": arguments, "attributes": {"position": self.position}}
 
     def on_train_begin(
         self,
@@ -96,7 +106,7 @@ class SnapshotCallback(TrainerCallback, ExportableState):
         """Open the run where the Trainer is, and set the first rate."""
         self._close()
         self._check(args, state, kwargs["lr_scheduler"])
-        at = self._place_in(state) if state.global_step else Position()
+        at = self._position_in(state) if state.global_step else Position()
         self._run = SnapshotRun(
             self.directory, self.program, kwargs["model"], kwargs["optimizer"], at=at, **self._options
         )
@@ -126,15 +136,15 @@ class SnapshotCallback(TrainerCallback, ExportableState):
         if run is not None:
             run.close()
 
-    def _place_in(self, state: TrainerState) -> Position:
+    def _position_in(self, state: TrainerState) -> Position:
         kept: Any = state.stateful_callbacks  # a dict, whatever its annotation says
         saved = kept.get(type(self).__name__)
         if not isinstance(saved, dict):
             raise ProtocolError(
-                f"training goes on after step {state.global_step} of a checkpoint that was saved without this callback "
+                f"training resumes after step {state.global_step} of a checkpoint that was saved without this callback "
                 "(or with several): train from the beginning, with one"
             )
-        return Position.from_dict(saved["attributes"]["place"])
+        return Position.from_dict(saved["attributes"]["position"])
 
     def _check(self, args: TrainingArguments, state: TrainerState, scheduler: Any) -> None:
         if args.deepspeed or args.fsdp:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from snapcore.errors import CorruptSnapshotError, DataError
 
 _SCALARS = (str, bool, int, float, type(None))
@@ -12,7 +14,7 @@ def pack(value: Any, name: str, is_tensor: Callable[[Any], bool]) -> tuple[Any, 
     """Return `value` as plain JSON, and the tensors in it by name.
 
     Dictionaries (whose keys are text or integers), lists, tuples, bytes and scalars are restored by `unpack`, NaN and
-    infinities too.
+    infinities too; NumPy's scalars come back as Python's.
 
     Arguments:
         value: such as an optimizer's `state_dict()`.
@@ -43,6 +45,8 @@ def _pack(value: Any, name: str, is_tensor: Callable[[Any], bool], tensors: dict
         return {"tuple" if isinstance(value, tuple) else "list": items}
     if isinstance(value, bytes):
         return {"bytes": value.hex()}
+    if isinstance(value, np.generic):  # a number all the same, such as the np.float64 of a hyperparameter search
+        value = value.item()
     if type(value) is float and value - value != 0:
         return {"float": repr(value)}
     if type(value) in _SCALARS:

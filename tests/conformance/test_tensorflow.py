@@ -1,13 +1,20 @@
-"""The suite on TensorFlow, with batch statistics, and with dropout for its random states."""
+"""The suites on TensorFlow, with batch statistics, and with dropout for its random states."""
 
+import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
+import numpy as np
 import pytest
 import pytest.__main__
+import tensorflow as tf
 from keras import layers
 
-from snapcore.testing import BackendConformance
+from snapcore import ProtocolError
+from snapcore.store import SnapshotStore
+from snapcore.testing import BackendConformance, LoopConformance
+from snapcore_tensorflow import SnapshotEnsemble, SnapshotRun, SnapshotSchedule
 from snapcore_tensorflow.backend import TensorFlowBackend
 
 from ..forked import Forked
@@ -58,3 +65,83 @@ def test_every_rule_holds_on_two_mirrored_devices(tmp_path):
     )
     assert process.wait() == 0, process.output + process.errors
     assert "20 passed" in process.output
+
+
+def network(seed):
+    keras.utils.set_random_seed(seed)
+    middle = [layers.Dense(4, name="hidden"), layers.BatchNormalization(name="norm"), layers.Dropout(0.3)]
+    return keras.Sequential([keras.Input((3,)), *middle, layers.Dense(2, name="output")])
+
+
+@functools.cache
+def traced(rate):
+    """What takes most of the time, done once: `new` gives it the values that a new process has."""
+    model, optimizer = network(0), keras.optimizers.SGD(rate, momentum=0.9)
+    optimizer.build(model.trainable_variables)
+
+    @tf.function
+    def update(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(model(x, training=True) - 1))
+        optimizer.apply(tape.gradient(loss, model.trainable_variables))
+
+    return SimpleNamespace(model=model, optimizer=optimizer, update=update)
+
+
+class TestTensorFlowRun(LoopConformance):
+    framework = "tensorflow"
+    rate_given = staticmethod(functools.cache(SnapshotSchedule))
+
+    def new(self, seed, schedule):
+        subject = traced(self.rate_given(schedule))
+        for own, new in zip(subject.model.variables, network(seed).variables, strict=True):
+            own.assign(new)
+        for own in subject.optimizer.variables:
+            own.assign(tf.zeros_like(own))
+        return subject
+
+    def init(self, seed, schedule):
+        return network(seed)
+
+    def open(self, directory, cycles, subject, **options):
+        return SnapshotRun(directory, cycles, subject.model, subject.optimizer, **options)
+
+    def update(self, subject, x):
+        subject.update(tf.constant(x))
+
+    def weights(self, subject):
+        paths = [weight.path.partition("/")[2] for weight in subject.model.weights]
+        return {f"{place:03d}/{path}": subject.model.weights[place].numpy() for place, path in enumerate(paths)}
+
+    def moments(self, subject):
+        return [each.numpy() for each in subject.optimizer.variables if "momentum" in each.path]
+
+    def rate(self, subject):
+        return float(subject.optimizer.learning_rate)
+
+    def spoil(self, subject):
+        subject.model.layers[0].bias.assign(np.full(4, np.nan))
+
+    def ensemble(self, directory, x):
+        ensemble = SnapshotEnsemble.load(directory, network(0), activation="softmax")
+        return ensemble(x).numpy(), ensemble.members(x).numpy()
+
+
+class TestTensorFlowRunAtAPlainRate(TestTensorFlowRun):
+    @staticmethod
+    def rate_given(schedule):
+        return 0.7
+
+    def test_rule_30_a_late_member_is_warned_of_and_recorded_with_the_true_step(self, tmp_path):
+        """Several updates between two calls would all be done at the rate before them."""
+
+        def call_once():
+            subject = self.new(0, self.cycles)
+            with self.open(tmp_path / "run", self.cycles, subject) as run:
+                for _ in range(8):
+                    self.update(subject, self.x)
+                self.step(run, subject)
+
+        with pytest.raises(ProtocolError, match="8 updates were done in 1 calls"):
+            call_once()
+        assert not SnapshotStore(tmp_path / "run").members

@@ -62,14 +62,6 @@ def moments(state):
     return [float(np.abs(leaf).max()) for leaf in jax.tree.leaves((state[0].mu, state[0].nu))]
 
 
-def test_without_a_restart_a_member_starts_from_the_one_before_with_its_moments(tmp_path):
-    begun = starts(tmp_path / "run", CYCLES)
-    for index, (params, state) in enumerate(begun[1:], 1):
-        assert same(params, member(tmp_path / "run", index))
-        assert min(moments(state)) > 0
-        assert (state[0].count, state[1].count) == (4 * index, 4 * index)
-
-
 @pytest.mark.parametrize("moved", ["keep", "reset"])
 def test_a_restart_from_the_first_brings_its_weights_back_and_keeps_the_count(tmp_path, moved):
     """Users ask for the choice to reset the optimizer or to keep it: nobody offers it."""
@@ -79,31 +71,6 @@ def test_a_restart_from_the_first_brings_its_weights_back_and_keeps_the_count(tm
         assert (max(moments(state)) == 0) == (moved == "reset")
         assert state[0].count == (0 if moved == "reset" else 4 * index)  # Adam's corrects the bias of its moments
         assert state[1].count == 4 * index
-
-
-def test_star_restarts_from_the_first_with_new_moments(tmp_path):
-    begun = starts(tmp_path / "run", program("star", lr=0.1, steps=12, cycles=3), optimizer=TX)
-    assert all(same(params, member(tmp_path / "run", 1)) and max(moments(state)) == 0 for params, state in begun[1:])
-    assert [each.step for each in SnapshotStore(tmp_path / "run").members] == [4, 8, 12]
-
-
-def test_fresh_weights_come_from_init_by_the_members_number(tmp_path):
-    asked = []
-
-    def init(number):
-        asked.append(number)
-        return make(10.0 * number)
-
-    begun = starts(tmp_path / "run", program("singlecycle", lr=0.1, steps=12, cycles=3), optimizer=TX, init=init)
-    assert [params["b"].tolist() for params, _ in begun] == [[1, 1], [20, 20], [30, 30]]
-    assert (asked, [max(moments(state)) for _, state in begun]) == ([2, 3], [0, 0, 0])
-
-
-@pytest.mark.parametrize("method", ["singlecycle", "independent"])
-def test_a_program_with_fresh_weights_and_no_init_is_refused_before_anything_is_written(tmp_path, method):
-    with pytest.raises(ProtocolError, match=f"{method} starts members from fresh weights: pass init="):
-        SnapshotRun(tmp_path / "run", program(method, lr=0.1, steps=12, cycles=3), optimizer=TX)
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_program_with_a_reset_and_no_optimizer_is_refused_before_anything_is_written(tmp_path):

@@ -1,7 +1,6 @@
 """Killed after any update and started again, a run gives bit for bit the members of one that was never stopped."""
 
 import importlib.util
-import os
 import signal
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from snapcore import DataError, ProtocolError, StoreError, program
+from snapcore import DataError, ProtocolError
 from snapcore.store import SnapshotStore
 from snapcore_jax.run import SnapshotRun
 from snapcore_jax.schedule import snapshot_schedule
@@ -80,65 +79,6 @@ def test_killed_after_any_call_and_started_again_the_members_are_the_same_bits(t
         np.random.seed(number if (directory / "resume").exists() else 0)  # as another process would
         train(directory, tx, update, resume_every=every)
         assert contents(directory) == contents(tmp_path / "whole"), number
-
-
-@pytest.mark.parametrize("method", ["star", "singlecycle"])
-def test_a_program_with_restarts_resumes_too(tmp_path, method):
-    what = program(method, lr=0.1, steps=12, cycles=3)
-    tx = OPTIMIZERS["adam"][0]
-    options = {"optimizer": tx, "init": lambda number: {"b": jnp.full(2, number / 10), "w": jnp.ones((3, 2)) * number}}
-    update = killed_loop.make_update(tx)
-    np.random.seed(0)
-    train(tmp_path / "whole", tx, update, what, **options)
-    for number in (4, 11):
-        np.random.seed(0)
-        with pytest.raises(Killed):
-            train(tmp_path / str(number), tx, update, what, after_call=killed_at(number), **options)
-        np.random.seed(number)
-        train(tmp_path / str(number), tx, update, what, **options)
-        assert contents(tmp_path / str(number)) == contents(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("unused", [0, 1])
-def test_a_run_left_early_resumes_from_that_very_update(tmp_path, unused):
-    """A batch that was taken, and left without an update, is given again."""
-    tx = OPTIMIZERS["adam"][0]
-    update = killed_loop.make_update(tx)
-    np.random.seed(0)
-    train(tmp_path / "whole", tx, update)
-    np.random.seed(0)
-    params, rest = killed_loop.begin(tx)
-    with SnapshotRun(tmp_path / "run", CYCLES) as run:
-        params, rest = run.start(params, rest)
-        for x in run.batches(killed_loop.Shuffled()):
-            if unused and run.updates == 7:
-                break
-            params, rest = run.step(*update(params, rest, x))
-            if not unused and run.updates == 7:
-                break
-    np.random.seed(99)
-    assert train(tmp_path / "run", tx, update) == 5
-    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
-
-
-def test_sigterm_writes_a_resume_point_and_no_member_and_the_run_resumes_from_there(tmp_path):
-    tx = OPTIMIZERS["adam"][0]
-    update = killed_loop.make_update(tx)
-    np.random.seed(0)
-    train(tmp_path / "whole", tx, update)
-
-    def terminated(call):
-        if call == 9:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    np.random.seed(0)
-    with pytest.raises(SystemExit) as left:
-        train(tmp_path / "run", tx, update, after_call=terminated)
-    assert left.value.code == 143
-    assert [member.step for member in SnapshotStore(tmp_path / "run").members] == [4, 8]
-    np.random.seed(99)
-    assert train(tmp_path / "run", tx, update) == 2  # the tenth update answered the signal
-    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
@@ -222,12 +162,6 @@ def test_another_optimizer_or_model_than_before_is_refused_by_name(tmp_path):
         run.start({"b": params["b"]}, rest)
     with SnapshotRun(tmp_path / "run", CYCLES) as run, pytest.raises(DataError, match="the resume point"):
         run.start(params)
-
-
-def test_another_program_than_before_is_refused(tmp_path):
-    leave(tmp_path / "run")
-    with pytest.raises(StoreError, match="an unfinished run of another program"):
-        SnapshotRun(tmp_path / "run", program("star", lr=0.1, steps=12, cycles=3), optimizer=optax.sgd(0.1))
 
 
 def test_what_was_saved_comes_back_with_its_dtypes_and_keys(tmp_path):

@@ -1,8 +1,6 @@
 """The callback for `fit`: what it counts, when it takes snapshots, and where it goes on."""
 
 import copy
-import os
-import signal
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -162,15 +160,6 @@ def test_several_fits_are_one_run(fits, tmp_path, unbroken, anew):
     with pytest.raises(StoreError, match="finished"):
         fits.fit(model, callback, epochs=1)
     assert not (tmp_path / "run.1").exists()
-
-
-def test_a_finished_run_is_refused_or_moved_aside(fits, tmp_path, unbroken):
-    fits.fit(fits.network(SHORT), SnapshotCallback(tmp_path / "run", SHORT))
-    with pytest.raises(StoreError, match="finished"):
-        fits.fit(fits.network(SHORT), SnapshotCallback(tmp_path / "run", SHORT))
-    fits.fit(fits.network(SHORT), SnapshotCallback(tmp_path / "run", SHORT, resume=False))
-    assert fits.same(fits.members(tmp_path / "run"), unbroken)
-    assert steps(tmp_path / "run.1") == [8, 16, 24]
 
 
 def test_a_plain_rate_is_replaced_also_where_a_fit_before_has_compiled_it(fits, tmp_path, formula):
@@ -386,21 +375,6 @@ def test_close_releases_the_directory(fits, tmp_path):
     assert read_point(tmp_path / "run").state["place"]["step"] == 12
 
 
-def test_a_sigterm_leaves_a_resume_point(fits, tmp_path, unbroken):
-    with pytest.raises(SystemExit) as left:
-        fits.fit(
-            fits.network(SHORT),
-            At(12, lambda model: os.kill(os.getpid(), signal.SIGTERM)),
-            SnapshotCallback(tmp_path / "run", SHORT),
-        )
-    assert left.value.code == 143
-    assert read_point(tmp_path / "run").state["place"]["step"] == 12
-    watch = fits.Watch()
-    fits.fit(fits.network(SHORT), SnapshotCallback(tmp_path / "run", SHORT), watch)
-    assert len(watch.weights) == 12
-    assert fits.same(fits.members(tmp_path / "run"), unbroken)
-
-
 def test_points_are_kept_in_between_if_asked(fits, tmp_path):
     points = []
     callback = SnapshotCallback(tmp_path / "run", SHORT, resume_every=5)
@@ -485,18 +459,8 @@ def test_programs_that_restart_go_on_from_other_weights(fits, tmp_path, method, 
     np.testing.assert_allclose(watch.weights[9][1], bias - 0.02 * slope.sum(0), rtol=1e-5)
 
 
-def test_a_program_that_needs_fresh_weights_is_refused_without_them(tmp_path):
-    with pytest.raises(ProtocolError, match="init="):
-        SnapshotCallback(tmp_path / "run", program("singlecycle", lr=0.02, steps=24, cycles=3))
-
-
 def spoil(model):
     model.set_weights([np.full(np.shape(each), np.nan) for each in model.get_weights()])
-
-
-def test_a_member_that_is_not_finite_ends_training(fits, tmp_path):
-    with pytest.raises(DivergedError, match="member 1 at update 8"):
-        fits.fit(fits.network(SHORT), SnapshotCallback(tmp_path / "run", SHORT), At(7, spoil))
 
 
 def test_after_a_member_that_is_not_finite_the_next_fit_in_the_directory_begins_again(fits, tmp_path, unbroken):

@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import os
 import signal
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from snapcore import DataError, StoreError, program
+from snapcore import DataError
 from snapcore.store import SnapshotStore
 from snapcore_tensorflow.run import SnapshotRun
 from snapcore_tensorflow.schedule import SnapshotSchedule
@@ -93,19 +92,6 @@ def test_killed_after_any_call_and_started_again_the_members_are_the_same_bits(t
         assert contents(directory) == contents(tmp_path / "whole"), number
 
 
-@pytest.mark.parametrize("method", ["star", "singlecycle"])
-def test_a_program_with_restarts_goes_on_too(tmp_path, method):
-    what = program(method, lr=0.1, steps=12, cycles=3)
-    options = {"init": killed_loop.make_model}
-    train_whole(tmp_path / "whole", "adam", what, **options)
-    for number in (4, 11):
-        with pytest.raises(Killed):
-            train_whole(tmp_path / str(number), "adam", what, after_call=killed_at(number), **options)
-        np.random.seed(number)
-        train(tmp_path / str(number), training(), what, **options)
-        assert contents(tmp_path / str(number)) == contents(tmp_path / "whole")
-
-
 @pytest.mark.parametrize("place", ["before the update", "before the call", "after the call"])
 @pytest.mark.parametrize("number", [7, 8])
 def test_a_run_left_early_goes_on_from_that_very_update_and_batch(tmp_path, place, number):
@@ -163,33 +149,6 @@ def test_a_dataset_of_tensorflow_goes_on_in_its_epoch(tmp_path, name, number):
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
-def test_batches_come_epoch_after_epoch_until_the_program_stops(tmp_path):
-    seen, loop = [], training()
-    loop.begin()
-    with SnapshotRun(tmp_path / "run", CYCLES, loop.model, loop.optimizer) as run:
-        for place in run.batches(range(5)):
-            seen.append(place)
-            loop.update(tf.constant(DATA[place]))
-            run.step()
-    assert seen == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
-
-
-def test_sigterm_writes_a_resume_point_and_no_member_and_the_run_goes_on_from_there(tmp_path):
-    train_whole(tmp_path / "whole")
-
-    def told(call):
-        if call == 9:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(SystemExit) as left:
-        train_whole(tmp_path / "run", after_call=told)
-    assert left.value.code == 143
-    assert [member.step for member in SnapshotStore(tmp_path / "run").members] == [4, 8]
-    np.random.seed(99)
-    assert train(tmp_path / "run", training()) == 2  # the tenth update answered the signal
-    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
-
-
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
 def test_a_process_that_is_really_killed_goes_on_in_another(tmp_path, name):
     def start(directory, *arguments):
@@ -221,9 +180,3 @@ def test_another_optimizer_or_model_than_before_is_refused_by_name_and_left_as_i
         SnapshotRun(tmp_path / "run", CYCLES, other, optimizer("adam"))
     assert [weight.tolist() for weight in other.get_weights()] == before
     assert train(tmp_path / "run", training()) == 8
-
-
-def test_another_program_than_before_is_refused(tmp_path):
-    leave(tmp_path / "run")
-    with pytest.raises(StoreError, match="an unfinished run of another program"):
-        train_whole(tmp_path / "run", "adam", program("star", lr=0.1, steps=12, cycles=3))

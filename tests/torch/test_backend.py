@@ -146,7 +146,7 @@ def test_logits_of_many_examples_are_those_of_each(digits):
     assert BACKEND.logits(state, x[:0]).shape == (0, 10)
 
 
-def test_training_goes_on_after_logits_as_if_they_had_not_been_asked_for(digits, held_out):
+def test_training_continues_after_logits_as_if_they_had_not_been_asked_for(digits, held_out):
     plain = BACKEND.train(start(digits), 0, 6, report=silent)
     asked = BACKEND.train(start(digits), 0, 3, report=silent)
     BACKEND.logits(asked, held_out[0])

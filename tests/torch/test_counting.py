@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from snapcore import CosineCycles, CycleWarning, ProtocolError, ScheduleError
+from snapcore import CosineCycles, CycleWarning, ProtocolError
 from snapcore.store import SnapshotStore
 from snapcore_torch import SnapshotLR, SnapshotRun
 
@@ -162,7 +162,7 @@ def test_several_optimizers_are_refused_with_advice(tmp_path, several):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_second_optimizer_beside_the_run_is_not_counted_and_goes_on_through_state(tmp_path):
+def test_a_second_optimizer_beside_the_run_is_not_counted_and_resumes_through_state(tmp_path):
     """The advice, followed."""
 
     def train(updates):
@@ -183,7 +183,7 @@ def test_a_second_optimizer_beside_the_run_is_not_counted_and_goes_on_through_st
 
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["float rate", "tensor rate"])
-def test_an_optimizer_step_inside_a_compiled_function_counts_without_compiling_anew(tmp_path, rate, every):
+def test_an_optimizer_step_inside_a_compiled_function_counts_without_compiling_again(tmp_path, rate, every):
     torch._dynamo.reset()
     compiler, model = CompileCounter(), nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
@@ -224,31 +224,26 @@ def test_a_call_once_per_epoch_is_warned_of_and_its_member_recorded_late(tmp_pat
     assert [member(tmp_path, 1), member(tmp_path, 2)] == [watched.moments[5], watched.moments[10]]
 
 
-def test_parameters_added_to_the_optimizer_follow_once_the_run_is_told(tmp_path):
+def test_parameters_added_to_the_optimizer_follow_from_the_next_update_on(tmp_path):
     """A scheduler of PyTorch ends in a zip() error, or leaves the new group's rate where it was."""
     body, head = nn.Linear(3, 3), nn.Linear(3, 2)
     model = nn.Sequential(body, head)
-    optimizer = OPTIMIZERS["sgd"](head.parameters())
+    optimizer, rates = OPTIMIZERS["sgd"](head.parameters()), []
     with SnapshotRun(tmp_path, CYCLES, model, optimizer) as run:
-        for _ in range(2):
+        optimizer.register_step_pre_hook(lambda *_: rates.append([group["lr"] for group in optimizer.param_groups]))
+        for done in range(6):
+            if done == 2:
+                optimizer.add_param_group({"params": body.parameters(), "lr": 0.01})
             update(model, optimizer)
             run.step()
-        optimizer.add_param_group({"params": body.parameters(), "lr": 0.01})
-        update(model, optimizer)
-        with pytest.raises(ScheduleError, match=r"2 parameter groups.*call extend\(\) after add_param_group\(\)"):
-            run.step()
-        run.extend()
-        for _ in range(4):
-            assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
-                [CYCLES(run.updates), CYCLES(run.updates) / 10]
-            )
-            update(model, optimizer)
-            run.step()
-    assert run.updates == 7
+    assert rates[:2] == [[CYCLES(0)], [CYCLES(1)]]
+    assert [rate for pair in rates[2:] for rate in pair] == pytest.approx(
+        [rate for step in range(2, 6) for rate in (CYCLES(step), CYCLES(step) / 10)]
+    )
     assert steps(tmp_path) == [4]
 
 
-def test_a_run_with_added_parameters_goes_on_at_their_rates(tmp_path):
+def test_a_run_with_added_parameters_resumes_at_their_rates(tmp_path):
     def train(updates, added):
         body, head = nn.Linear(3, 3), nn.Linear(3, 2)
         model, optimizer = nn.Sequential(body, head), OPTIMIZERS["sgd"](head.parameters())
@@ -274,7 +269,6 @@ def test_a_scheduler_beside_a_run_takes_added_parameters_in_as_well():
     update(first, optimizer)
     scheduler.step()
     optimizer.add_param_group({"params": second.parameters(), "lr": 0.02})
-    scheduler.extend()
     update(first, optimizer)
     scheduler.step()
     assert scheduler.get_last_lr() == pytest.approx([CYCLES(2), CYCLES(2) / 5])

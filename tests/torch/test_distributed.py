@@ -79,14 +79,14 @@ def finished(folder):
 
 
 @pytest.fixture(scope="module")
-def gone_on(folder, finished):
+def resumed(folder, finished):
     """Runs killed or terminated, and started again."""
     ends = [
-        torchrun(folder, "go_on", "kill_managed")[0],
-        torchrun(folder, "go_on_managed", "terminate")[0],
+        torchrun(folder, "resume", "kill_managed")[0],
+        torchrun(folder, "resume_managed", "terminate")[0],
     ]
     before = len(SnapshotStore(folder / "terminated").members)
-    ends.append(torchrun(folder, "go_on_terminated")[0])
+    ends.append(torchrun(folder, "resume_terminated")[0])
     return ends, before
 
 
@@ -164,13 +164,13 @@ def test_gathering_waits_for_all_and_orders_by_rank(finished):
     ("stopped", "never_stopped"),
     [("killed", "noisy"), ("killed managed", "managed noisy"), ("terminated", "long")],
 )
-def test_a_run_that_was_stopped_and_started_again_has_the_same_members(folder, gone_on, stopped, never_stopped):
+def test_a_run_that_was_stopped_and_started_again_has_the_same_members(folder, resumed, stopped, never_stopped):
     """Dropout differs in each process, and comes back in each as it was."""
     assert bits(folder / stopped) == bits(folder / never_stopped)
 
 
-def test_the_runs_were_stopped_indeed_and_went_on_where_they_were(folder, gone_on):
-    ends, members_at_termination = gone_on
+def test_the_runs_were_stopped_indeed_and_resumed_where_they_were(folder, resumed):
+    ends, members_at_termination = resumed
     assert ends == [False, False, True]
     assert members_at_termination == 0
     left = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]

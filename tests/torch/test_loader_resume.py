@@ -36,35 +36,35 @@ class Augmented(Dataset):
     def __len__(self):
         return EXAMPLES
 
-    def __getitem__(self, place):
+    def __getitem__(self, index):
         noise = torch.rand(3, generator=self.generator) + np.random.rand() + random.random()
-        return self.x[place] + noise
+        return self.x[index] + noise
 
 
 class Itself:
-    """A loader that knows its place and draws its order itself, as stateful data loaders do."""
+    """A loader that keeps its position and draws its order itself, as stateful data loaders do."""
 
     def __init__(self):
-        self.order, self.place, self.epoch = [], 0, -1
+        self.order, self.position, self.epoch = [], 0, -1
 
     def __iter__(self):
-        torch.rand(3)  # whatever it needs to begin
+        torch.rand(3)  # whatever it needs to start
         return self.rest()
 
     def rest(self):
         if not self.order:
             self.epoch += 1
             self.order = np.random.default_rng(self.epoch).permutation(5).tolist()
-        for place in self.order[self.place :]:
-            self.place += 1
-            yield torch.linspace(-1, 1, 60).reshape(5, 4, 3)[place] + torch.rand(1)
-        self.order, self.place = [], 0
+        for index in self.order[self.position :]:
+            self.position += 1
+            yield torch.linspace(-1, 1, 60).reshape(5, 4, 3)[index] + torch.rand(1)
+        self.order, self.position = [], 0
 
     def state_dict(self):
-        return {"order": self.order, "place": self.place, "epoch": self.epoch}
+        return {"order": self.order, "position": self.position, "epoch": self.epoch}
 
     def load_state_dict(self, state):
-        self.order, self.place, self.epoch = state["order"], state["place"], state["epoch"]
+        self.order, self.position, self.epoch = state["order"], state["position"], state["epoch"]
 
 
 class ByEpoch(Sampler):
@@ -101,7 +101,7 @@ HERE = {
     "data set with a generator": lambda: DataLoader(Augmented(generator()), BATCH, shuffle=True),
     "set_epoch": lambda: DataLoader(Augmented(), BATCH, sampler=ByEpoch()),
     "list": lambda: list(torch.linspace(-1, 1, 60).reshape(5, 4, 3)),
-    "knows its place": Itself,
+    "keeps its position": Itself,
 }
 WORKERS = {
     "forked": {},
@@ -203,7 +203,7 @@ def test_stopped_after_an_update_and_started_again(tmp_path, loader, stops):
 @pytest.mark.parametrize("loader", HERE)
 @pytest.mark.parametrize("how", ["an exception", "SIGTERM"])
 def test_stopped_by_something_else(tmp_path, loader, how):
-    """After an exception it goes on from the last cycle's end."""
+    """After an exception it resumes from the last cycle's end."""
     check(tmp_path, HERE[loader], [7, 10], how)
 
 
@@ -223,14 +223,14 @@ def test_stopped_with_a_worker_that_was_spawned(tmp_path, monkeypatch):
         "import random, numpy, torch\n"
         "class Augmented(torch.utils.data.Dataset):\n"
         "    def __len__(self): return 48\n"
-        "    def __getitem__(self, place): return torch.rand(3) + numpy.random.rand() + random.random() + place\n"
+        "    def __getitem__(self, index): return torch.rand(3) + numpy.random.rand() + random.random() + index\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     dataset = importlib.import_module("spawned_dataset").Augmented()
     check(tmp_path, lambda: with_workers(dataset, num_workers=1, multiprocessing_context="spawn"), [7])
 
 
-def test_accumulated_batches_are_passed_over_too(tmp_path):
+def test_accumulated_batches_are_skipped_too(tmp_path):
     check(tmp_path, HERE["shuffled"], [2, 5], accumulate=2)
 
 
@@ -246,5 +246,123 @@ def test_persistent_workers_that_are_there_already_are_left_to_their_owner(tmp_p
 
 def test_a_loader_with_fewer_generators_than_before_is_refused(tmp_path):
     start(tmp_path, HERE["with a generator"], stop_at=3)
-    with pytest.raises(DataError, match="begun with 1 generators in the loader, got 0: build the loader as it was"):
+    with pytest.raises(DataError, match="had 1 generators when the epoch started, got 0: build the loader as it was"):
         start(tmp_path, HERE["shuffled"])
+
+
+@pytest.mark.parametrize("stops", [[5], [3], [9, 10]], ids=["with an epoch", "within one", "both"])
+def test_epochs_are_counted_on_and_what_follows_each_is_done_once_more_at_most(tmp_path, stops):
+    """Evaluation after every epoch, which draws random numbers, though the run was stopped before it."""
+
+    def train(directory, stop_at=None, *, first=False):
+        scrambled()
+        loader = HERE["shuffled"]()
+        if first:
+            seed_all(loader)
+        model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Linear(8, 2))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        with SnapshotRun(directory, CYCLES, model, optimizer) as run:
+            for epoch, batches in run.epochs(loader):
+                for x in batches:
+                    optimizer.zero_grad()
+                    model(x).square().mean().backward()
+                    optimizer.step()
+                    run.step()
+                    if run.updates == stop_at:
+                        return
+                evaluated.append((epoch, run.updates, torch.rand(1).item()))
+
+    evaluated = []
+    train(tmp_path / "whole", first=True)
+    whole, evaluated = evaluated, []
+    for number, stop_at in enumerate([*stops, None]):
+        train(tmp_path / "parts", stop_at, first=number == 0)
+    assert [each[:2] for each in whole] == [(0, 5), (1, 10), (2, 12)]
+    assert evaluated == whole
+    assert members(tmp_path / "parts") == members(tmp_path / "whole")
+
+
+def test_the_plain_form_resumes_at_the_epoch_after_the_last_one(tmp_path):
+    """`range(run.updates // len(loader), E)`, with an order that is a function of the epoch."""
+
+    def train(directory, epochs):
+        torch.manual_seed(7)
+        model, loader = nn.Linear(3, 2), HERE["set_epoch"]()
+        loader.dataset.__class__ = Plain
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with SnapshotRun(directory, CosineCycles(0.1, 15, 3), model, optimizer) as run:
+            for epoch in range(run.updates // len(loader), epochs):
+                loader.sampler.set_epoch(epoch)
+                for x in loader:
+                    optimizer.zero_grad()
+                    model(x).square().mean().backward()
+                    optimizer.step()
+                    run.step()
+
+    train(tmp_path / "whole", 3)
+    train(tmp_path / "parts", 2)
+    train(tmp_path / "parts", 3)
+    assert members(tmp_path / "parts") == members(tmp_path / "whole")
+
+
+class Plain(Augmented):
+    def __getitem__(self, index):
+        return self.x[index]
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 4])
+def test_micro_batches_left_over_at_an_epochs_end_are_given_again(tmp_path, stop_at):
+    """Five batches to the epoch and three to the update: gradients reach into the next epoch."""
+    check(tmp_path, HERE["shuffled"], [stop_at], accumulate=3)
+
+
+class Noted:
+    """Whatever a loader is made of: it notes the epoch that it is told of, and shuffles by it."""
+
+    def __init__(self):
+        self.epoch, self.heard = 0, []
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+        self.heard.append(epoch)
+
+    def __iter__(self):
+        order = np.random.default_rng(self.epoch).permutation(EXAMPLES).reshape(5, BATCH)
+        return iter(order.tolist())
+
+
+class Wrapped:
+    """A loader around another, as libraries have them."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_batch_sampler_is_told_the_epoch_however_deep_its_loader_is_wrapped(tmp_path, depth):
+    def make():
+        loader = DataLoader(Augmented(), batch_sampler=Noted())
+        for _ in range(depth):
+            loader = Wrapped(loader)
+        return loader
+
+    check(tmp_path, make, [3, 7])
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_generator_is_found_however_deep_its_loader_is_wrapped(tmp_path, depth):
+    shared = []
+
+    def make():
+        loader = DataLoader(Augmented(), BATCH, shuffle=True, generator=generator())
+        shared.append(loader.generator)
+        if len(shared) in (1, 2):  # the whole run's and the first part's
+            loader.generator.manual_seed(5)
+        for _ in range(depth):
+            loader = Wrapped(loader)
+        return loader
+
+    check(tmp_path, make, [3, 7])

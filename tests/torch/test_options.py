@@ -257,7 +257,7 @@ def test_members_and_scores_are_those_of_the_averages(digits, tmp_path):
     np.testing.assert_allclose(each, np.stack(scored), atol=1e-5)
 
 
-def test_averages_begin_anew_with_a_member_of_fresh_weights(digits, tmp_path):
+def test_averages_start_over_with_a_member_of_fresh_weights(digits, tmp_path):
     """Nothing of the member before is left in them: the second is what it is when trained alone."""
     what = program("independent", lr=0.05, steps=8, cycles=2)
     execute(what, BACKEND, model="mlp", data=digits, directory=tmp_path, seed=5, device="cpu", ema=0.95)
@@ -266,7 +266,7 @@ def test_averages_begin_anew_with_a_member_of_fresh_weights(digits, tmp_path):
     assert same(members(tmp_path)[1], resolved(BACKEND.capture(alone)))
 
 
-def test_a_run_of_ones_own_takes_an_averaged_model_and_goes_on_with_its_count(tmp_path):
+def test_a_run_of_ones_own_takes_an_averaged_model_and_resumes_with_its_count(tmp_path):
     """`weights=ema` gives members with the model's own names, which an ensemble loads."""
 
     def train(directory, updates):
@@ -429,7 +429,7 @@ def test_a_dump_holds_averages_and_weights_and_the_scale(digits):
 
 def test_a_dump_of_other_options_is_refused(digits):
     tensors, values = BACKEND.dump(trained(digits, 2, ema=0.9))
-    with pytest.raises(DataError, match=r"saved with \['average', 'optimizer'\]"):
+    with pytest.raises(DataError, match=r"saved with \['average'\] beside model and optimizer, got \[\]"):
         BACKEND.load(begin(digits), tensors, values)
 
 
@@ -467,7 +467,7 @@ def test_a_loop_over_a_loader_says_that_it_cannot_be_entered_later_on(digits):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     loop = Loop(model, optimizer, LoaderFeed(batches, CPU), CYCLES, GroupRates(optimizer))
     loop.run(0, 4, silent)
-    with pytest.raises(ProtocolError, match=r"asked for update 5 after 4 of them.*SnapshotRun.batches"):
+    with pytest.raises(ProtocolError, match=r"update 5 was asked for after 4.*SnapshotRun.batches"):
         loop.run(5, 8, silent)
     loop.run(4, 8, silent)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from snapcore import CosineCycles, CycleWarning, ProtocolError, StoreError
+from snapcore import CosineCycles, CycleWarning
 from snapcore.store import SnapshotStore
 from snapcore_torch import SnapshotLR, SnapshotRun
 
@@ -26,35 +26,12 @@ def by_hand(model):
     return {name: tensor.tolist() for name, tensor in model.state_dict().items()}
 
 
-def on_disk(directory, index):
-    return {name: array.tolist() for name, array in SnapshotStore(directory).load(index).items()}
-
-
-def train(directory, model, optimizer=None):
-    """Train to the end, and copy by hand what each snapshot should hold."""
-    optimizer, copies = optimizer or sgd(model), []
-    with SnapshotRun(directory, CYCLES, model, optimizer) as run:
-        while not run.finished:
-            update(model, optimizer)
-            if run.updates + 1 in CYCLES.snapshot_steps:
-                copies.append(by_hand(model))
-            run.step()
-    return copies
-
-
 def test_the_optimizer_has_the_first_rate_before_the_first_update(tmp_path):
-    optimizer = sgd(nn.Linear(3, 2), lr=0.1)
-    warm = CosineCycles(0.1, 12, 2, warmup_steps=4)
-    with SnapshotRun(tmp_path / "run", warm, nn.Linear(3, 2), optimizer) as run:
-        assert optimizer.param_groups[0]["lr"] == warm(0) == run.lr == pytest.approx(0.02)
-
-
-def test_every_update_is_done_at_the_schedules_rate(tmp_path):
     model = nn.Linear(3, 2)
-    optimizer, rates = sgd(model), []
-    optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
-    train(tmp_path / "run", model, optimizer=optimizer)
-    assert rates == [CYCLES(step) for step in range(12)]
+    optimizer = sgd(model, lr=0.1)
+    warm = CosineCycles(0.1, 12, 2, warmup_steps=4)
+    with SnapshotRun(tmp_path / "run", warm, model, optimizer) as run:
+        assert optimizer.param_groups[0]["lr"] == warm(0) == run.lr == pytest.approx(0.02)
 
 
 def test_groups_keep_their_ratio_also_in_the_next_run_of_the_same_optimizer(tmp_path):
@@ -75,7 +52,11 @@ def test_a_scheduler_of_the_same_schedule_does_the_same_updates(tmp_path):
     """The run needs no scheduler; one beside a plain loop is its oracle."""
     torch.manual_seed(5)
     model = nn.Linear(3, 2)
-    train(tmp_path / "run", model)
+    optimizer = sgd(model)
+    with SnapshotRun(tmp_path / "run", CYCLES, model, optimizer) as run:
+        while not run.finished:
+            update(model, optimizer)
+            run.step()
     torch.manual_seed(5)
     plain = nn.Linear(3, 2)
     optimizer = sgd(plain)
@@ -157,65 +138,6 @@ def test_a_late_call_is_warned_of_and_recorded_with_the_true_step(tmp_path):
     assert caught[0].filename == __file__
 
 
-def test_an_update_after_the_end_is_refused(tmp_path):
-    model = nn.Linear(3, 2)
-    optimizer = sgd(model)
-    with SnapshotRun(tmp_path / "run", CYCLES, model, optimizer) as run:
-        run.step(updates=4)
-        run.step(updates=4)
-        run.step(updates=4)
-        update(model, optimizer)
-        with pytest.raises(ProtocolError, match="stopped after 12 updates"):
-            run.step()
-    assert len(SnapshotStore(tmp_path / "run").members) == 3
-
-
-def test_batches_come_epoch_after_epoch_until_the_program_stops(tmp_path):
-    model = nn.Linear(3, 2)
-    optimizer, seen = sgd(model), []
-    with SnapshotRun(tmp_path / "run", CYCLES, model, optimizer) as run:
-        for batch in run.batches(["a", "b", "c", "d", "e"]):
-            seen.append(batch)
-            update(model, optimizer)
-            run.step()
-    assert "".join(seen) == "abcdeabcdeab"
-
-
-def test_batches_of_a_loop_that_never_records_an_update_end_in_an_error(tmp_path):
-    model = nn.Linear(3, 2)
-    with (
-        SnapshotRun(tmp_path / "run", CYCLES, model, sgd(model)) as run,
-        pytest.raises(ProtocolError, match=r"no update in 2 batches: call run.step\(\)"),
-    ):
-        for _ in run.batches([1, 2]):
-            pass
-
-
-def test_finishing_early_takes_an_unfinished_member(tmp_path):
-    model = nn.Linear(3, 2)
-    optimizer = sgd(model)
-    with SnapshotRun(tmp_path / "run", CYCLES, model, optimizer) as run:
-        for _ in range(6):
-            update(model, optimizer)
-            run.step()
-        expected = by_hand(model)
-        run.finish("out of time")
-        assert run.finished
-    store = SnapshotStore(tmp_path / "run")
-    assert [(member.step, member.unfinished) for member in store.members] == [(4, False), (6, True)]
-    assert store.stopped == "out of time"
-    assert on_disk(tmp_path / "run", 2) == expected
-
-
-def test_finishing_at_the_end_of_a_cycle_takes_no_member_twice(tmp_path):
-    """Torch-uncertainty counts the last epoch twice."""
-    model = nn.Linear(3, 2)
-    with SnapshotRun(tmp_path / "run", CYCLES, model, sgd(model)) as run:
-        run.step(updates=4)
-        run.finish("enough")
-    assert [member.step for member in SnapshotStore(tmp_path / "run").members] == [4]
-
-
 def test_an_exception_in_the_loop_keeps_the_members_and_frees_the_directory_and_the_optimizer(tmp_path):
     model = nn.Linear(3, 2)
     optimizer = sgd(model)
@@ -236,29 +158,3 @@ def test_an_exception_in_the_loop_keeps_the_members_and_frees_the_directory_and_
     update(model, optimizer)
     run.step()
     assert run.updates == 5
-
-
-def test_a_finished_run_is_not_opened_again(tmp_path):
-    model = nn.Linear(3, 2)
-    copies = train(tmp_path / "run", model)
-    with pytest.raises(StoreError, match=r"holds a run that is finished.*SnapshotEnsemble.load.*resume=False"):
-        SnapshotRun(tmp_path / "run", CYCLES, model, sgd(model))
-    assert [on_disk(tmp_path / "run", index) for index in (1, 2, 3)] == copies
-
-
-def test_resume_false_moves_the_old_run_aside(tmp_path):
-    model = nn.Linear(3, 2)
-    copies = train(tmp_path / "run", model)
-    with SnapshotRun(tmp_path / "run", CYCLES, model, sgd(model), resume=False) as run:
-        assert run.updates == 0
-    assert [on_disk(tmp_path / "run.1", index) for index in (1, 2, 3)] == copies
-    assert SnapshotStore(tmp_path / "run").members == ()
-
-
-def test_an_unfinished_run_reopened_keeps_its_members(tmp_path):
-    model = nn.Linear(3, 2)
-    with SnapshotRun(tmp_path / "run", CYCLES, model, sgd(model)) as run:
-        run.step(updates=4)
-    with SnapshotRun(tmp_path / "run", CYCLES, model, sgd(model)) as run:
-        assert run.updates == 4
-    assert len(SnapshotStore(tmp_path / "run").members) == 1

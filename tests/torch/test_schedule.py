@@ -83,8 +83,8 @@ def test_a_step_schedule_is_followed_too():
 
 def test_get_lr_depends_on_last_epoch_alone():
     scheduler = SnapshotLR(sgd(), CYCLES)
-    places = random.Random(1).choices(range(30), k=200)
-    assert [pure(scheduler, place) for place in places] == [[CYCLES(place)] for place in places]
+    positions = random.Random(1).choices(range(30), k=200)
+    assert [pure(scheduler, position) for position in positions] == [[CYCLES(position)] for position in positions]
 
 
 def test_it_agrees_with_warm_restarts_in_pytorch_on_2000_random_schedules():
@@ -152,7 +152,7 @@ def saved_and_loaded(state):
 
 
 @pytest.mark.parametrize("schedule", [CYCLES, StepDecay(0.1, 24, snapshots=3)])
-def test_a_saved_state_goes_on_where_it_was(schedule):
+def test_a_saved_state_resumes_where_it_was(schedule):
     """Warm restarts in PyTorch resume wrongly."""
     optimizer = sgd(0.1, 0.02)
     scheduler = SnapshotLR(optimizer, schedule)
@@ -266,14 +266,23 @@ def test_a_rate_that_is_a_number_stays_one_for_optimizers_that_need_it():
     assert type(optimizer.param_groups[0]["lr"]) is float
 
 
-def test_a_group_added_later_is_refused_until_the_schedule_takes_it_in():
+@pytest.mark.parametrize("asked", [True, False], ids=["with extend()", "by itself"])
+def test_a_group_added_later_is_taken_in_at_its_ratio(asked):
     optimizer = sgd()
     scheduler = SnapshotLR(optimizer, CYCLES)
     optimizer.step()
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.02})
-    with pytest.raises(ScheduleError, match=r"2 parameter groups, the schedule was given 1: call extend\(\)"):
-        scheduler.step()
-    scheduler.extend()
-    scheduler.last_epoch = 0
+    if asked:
+        scheduler.extend()
     scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == [CYCLES(1), CYCLES(1) * (0.02 / 0.1)]
+    assert scheduler.base_lrs == [0.1, 0.02]
+
+
+def test_a_group_that_is_gone_is_refused():
+    optimizer = sgd(None, 0.02)
+    scheduler = SnapshotLR(optimizer, CYCLES)
+    optimizer.step()
+    del optimizer.param_groups[0]
+    with pytest.raises(ScheduleError, match="has 1 parameter groups and had 2: groups cannot be removed"):
+        scheduler.step()

@@ -1,6 +1,5 @@
 """What `torchrun` starts for the tests: torchrun_script.py FOLDER SCENARIO … Each process leaves FOLDER/rank.json."""
 
-import copy
 import json
 import os
 import signal
@@ -55,7 +54,7 @@ def batches():
 
 
 def begun(make, seed):
-    """A model and its optimizer; random states differ in every process, and on going on from those before."""
+    """A model and its optimizer; random states differ in every process, and on resuming from those before."""
     torch.manual_seed(seed)
     model = make()
     if dist.is_initialized():
@@ -130,10 +129,8 @@ def copies(folder):
             super().__init__(tensors)
 
     snapcore_torch.run.Copy = Counted
-    before = copy.copy(snapcore_torch.run.dump_training)
-    snapcore_torch.run.dump_training = lambda *parts: counted.append(1) or before(*parts)
     train(folder / "copies")
-    snapcore_torch.run.Copy, snapcore_torch.run.dump_training = Copy, before
+    snapcore_torch.run.Copy = Copy
     return {"copied": sum(counted)}
 
 
@@ -145,8 +142,8 @@ def fresh(folder):
 
 
 def refused(folder):
-    """What each process is told."""
-    told = {}
+    """What each process raises."""
+    raised = {}
     for name, attempt in {
         "finished": lambda: train(folder / "loop"),
         "managed": lambda: manage(folder / "managed", plain),
@@ -164,9 +161,9 @@ def refused(folder):
         try:
             attempt()
         except SnapcoreError as error:
-            told[name] = f"{type(error).__name__}: {error}"
-    told["written"] = (folder / "sharded").exists()
-    return told
+            raised[name] = f"{type(error).__name__}: {error}"
+    raised["written"] = (folder / "sharded").exists()
+    return raised
 
 
 def sharded(folder):
@@ -202,25 +199,25 @@ def kill_managed(folder):
 
 
 def terminate(folder):
-    """The agent is told, and tells its processes."""
+    """The agent gets a signal, and passes it on to its processes."""
 
-    def tell(run, model):
+    def terminate_agent(run, model):
         if run.updates == 12:
             if rank == 1:
                 os.kill(os.getppid(), signal.SIGTERM)
             while not run._recorder._sigterm.received:
                 time.sleep(0.01)
 
-    train(folder / "terminated", noisy, LONG, after=tell)
+    train(folder / "terminated", noisy, LONG, after=terminate_agent)
 
 
-def go_on(folder):
+def resume(folder):
     done = []
     train(folder / "killed", noisy, seed=50, resume_every=5, after=lambda run, model: done.append(run.updates))
     return {"loop": done[0]}
 
 
-def go_on_managed(folder):
+def resume_managed(folder):
     done = []
     manage(
         folder / "killed managed",
@@ -232,7 +229,7 @@ def go_on_managed(folder):
     return {"managed": done[0]}
 
 
-def go_on_terminated(folder):
+def resume_terminated(folder):
     done = []
     train(folder / "terminated", noisy, LONG, seed=60, after=lambda run, model: done.append(run.updates))
     return {"terminated": done[0]}

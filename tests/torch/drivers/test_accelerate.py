@@ -94,7 +94,7 @@ def assert_last_member(folder, name, weights):
 
 
 def test_two_processes_step_accelerates_scheduler_twice_for_each_update(folder):
-    """With the schedule of twice the steps, which Accelerate asks for, every update has the rate of its place."""
+    """With the schedule of twice the steps, which Accelerate asks for, every update has the rate of its step."""
     for each in seen(folder, "accelerate"):
         assert each["last_epoch"] == [2 * (batch // 2) for batch in range(1, 2 * UPDATES + 1)]
         assert each["scheduled"] == [TWICE(2 * (batch // 2)) for batch in range(1, 2 * UPDATES + 1)]
@@ -112,7 +112,7 @@ def test_a_run_counts_each_update_once_in_both_processes_and_one_writes(folder):
 
 @pytest.mark.parametrize("name", ["lightning", "transformers"])
 def test_a_trainers_callback_counts_each_update_once_in_both_processes_and_one_writes(folder, name):
-    """Lightning's training was interrupted after 9 updates and went on from a checkpoint after 5."""
+    """Lightning's training was interrupted after 9 updates and resumed from a checkpoint after 5."""
     both = seen(folder, name)
     for each in both:
         assert each["rates"] == [CYCLES(step) for step in range(UPDATES)]

@@ -68,7 +68,7 @@ def test_every_second_iteration_may_be_asked_for_the_run_if_the_members_fall_on_
     assert steps(tmp_path) == [20, 40, 60]
 
 
-def test_a_run_stopped_in_an_engine_goes_on_in_another(trained, tmp_path):
+def test_a_run_stopped_in_an_engine_resumes_in_another(trained, tmp_path):
     """The run's own batches bring the order of the data back; the engine need not know of it."""
     model, optimizer, engine, _ = trained
 

@@ -12,7 +12,7 @@ from .training import SIXTY, assert_members, examples, network, plain_loop, sgd
 
 
 @pytest.fixture
-def imported_anew(monkeypatch):
+def imported_again(monkeypatch):
     """Import one of our modules again, with modules hidden (None) or as they are."""
 
     def imported(name, **hidden):
@@ -26,14 +26,14 @@ def imported_anew(monkeypatch):
     return imported
 
 
-def test_without_transformers_the_error_says_which_extra_brings_it(imported_anew):
+def test_without_transformers_the_error_says_which_extra_brings_it(imported_again):
     with pytest.raises(ModuleNotFoundError, match=r"needs transformers: pip install 'snapcore\[transformers\]'"):
-        imported_anew("snapcore_torch.transformers", transformers=None)
+        imported_again("snapcore_torch.transformers", transformers=None)
 
 
-def test_without_lightning_the_error_says_which_extra_brings_it(imported_anew):
+def test_without_lightning_the_error_says_which_extra_brings_it(imported_again):
     with pytest.raises(ModuleNotFoundError, match=r"needs PyTorch Lightning: pip install 'snapcore\[lightning\]'"):
-        imported_anew("snapcore_torch.lightning", lightning__pytorch=None, pytorch_lightning=None)
+        imported_again("snapcore_torch.lightning", lightning__pytorch=None, pytorch_lightning=None)
 
 
 class Broken:
@@ -47,21 +47,21 @@ class Broken:
             raise ModuleNotFoundError("No module named 'other'", name="other")
 
 
-def test_a_lightning_that_is_there_but_lacks_something_itself_says_what_it_lacks(imported_anew, monkeypatch):
+def test_a_lightning_that_is_there_but_lacks_something_itself_says_what_it_lacks(imported_again, monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [Broken("lightning.pytorch", "pytorch_lightning"), *sys.meta_path])
     with pytest.raises(ModuleNotFoundError, match="'other'"):
-        imported_anew("snapcore_torch.lightning", lightning__pytorch="broken", pytorch_lightning="broken")
+        imported_again("snapcore_torch.lightning", lightning__pytorch="broken", pytorch_lightning="broken")
 
 
-def test_a_transformers_that_is_there_but_lacks_something_itself_says_what_it_lacks(imported_anew, monkeypatch):
+def test_a_transformers_that_is_there_but_lacks_something_itself_says_what_it_lacks(imported_again, monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [Broken("transformers"), *sys.meta_path])
     with pytest.raises(ModuleNotFoundError, match="'other'"):
-        imported_anew("snapcore_torch.transformers", transformers="broken")
+        imported_again("snapcore_torch.transformers", transformers="broken")
 
 
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
-def test_it_works_under_lightnings_older_name_too(imported_anew, tmp_path):
+def test_it_works_under_lightnings_older_name_too(imported_again, tmp_path):
     import pytorch_lightning
 
     class Module(pytorch_lightning.LightningModule):
@@ -75,7 +75,7 @@ def test_it_works_under_lightnings_older_name_too(imported_anew, tmp_path):
         def configure_optimizers(self):
             return sgd(self)
 
-    callback = imported_anew("snapcore_torch.lightning", lightning__pytorch="unloaded").SnapshotCallback
+    callback = imported_again("snapcore_torch.lightning", lightning__pytorch="unloaded").SnapshotCallback
     assert issubclass(callback, pytorch_lightning.Callback)
     trainer = pytorch_lightning.Trainer(
         max_steps=60,
@@ -91,9 +91,9 @@ def test_it_works_under_lightnings_older_name_too(imported_anew, tmp_path):
     assert_members(tmp_path, plain_loop(), "network.")
 
 
-def test_where_both_names_are_in_use_the_callback_is_one_of_each(imported_anew):
+def test_where_both_names_are_in_use_the_callback_is_one_of_each(imported_again):
     import pytorch_lightning
 
-    callback = imported_anew("snapcore_torch.lightning").SnapshotCallback
+    callback = imported_again("snapcore_torch.lightning").SnapshotCallback
     assert issubclass(callback, (lightning.Callback))
     assert issubclass(callback, pytorch_lightning.Callback)

@@ -104,7 +104,7 @@ def test_a_trainer_without_an_end_ends_with_the_program(tmp_path):
     assert steps(tmp_path) == [20, 40, 60]
 
 
-def test_a_trainer_that_goes_on_after_the_program_is_refused_at_the_start(tmp_path):
+def test_a_trainer_that_trains_on_after_the_program_is_refused_at_the_start(tmp_path):
     with pytest.raises(ProtocolError, match=r"to do 70 updates, the program ends after 60: pass max_steps=60"):
         fit(tmp_path / "run", max_steps=-1, max_epochs=7)
     assert not (tmp_path / "run").exists()
@@ -218,7 +218,7 @@ def checkpoints(folder, every):
     ("every", "kill"),
     [(10, 13), (30, 45), (20, 20), (20, 41), (10, 59)],
 )
-def test_a_killed_training_goes_on_at_lightnings_checkpoint_with_the_same_members(tmp_path, every, kill):
+def test_a_killed_training_resumes_at_lightnings_checkpoint_with_the_same_members(tmp_path, every, kill):
     """Checkpoints lie at the ends of epochs; members taken after the last of them are taken again."""
     run, kept = tmp_path / "run", checkpoints(tmp_path / "kept", every)
     kept_at = kill // every * every
@@ -253,7 +253,7 @@ def test_fresh_restarts_take_their_weights_from_init(tmp_path):
 
 
 class SaveInTheUpdate(pl.Callback):
-    """Saves a checkpoint after an update that the callback behind it has not heard of yet."""
+    """Saves a checkpoint after an update that the callback behind it has not seen yet."""
 
     def __init__(self, path, step):
         self.path, self.step = path, step
@@ -283,7 +283,7 @@ class FailIn(Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*fit.ckpt_path=")  # it looks for the checkpoint of an earlier error
-def test_a_checkpoint_saved_because_of_an_error_can_be_gone_on_from(tmp_path):
+def test_a_checkpoint_saved_because_of_an_error_can_be_resumed_from(tmp_path):
     with pytest.raises(KilledError):
         fit(tmp_path / "run", OnExceptionCheckpoint(tmp_path, "saved"), module=FailIn(), enable_checkpointing=True)
     fit(tmp_path / "run", fit_options={"ckpt_path": tmp_path / "saved.ckpt"})
@@ -298,10 +298,10 @@ def test_a_checkpoint_that_was_saved_without_the_callback_is_refused(tmp_path):
         fit(tmp_path / "run", fit_options={"ckpt_path": tmp_path / "saved.ckpt"})
 
 
-def test_training_anew_in_a_directory_with_members_is_refused_unless_they_are_moved_aside(tmp_path):
+def test_training_again_in_a_directory_with_members_is_refused_unless_they_are_moved_aside(tmp_path):
     with pytest.raises(KilledError):
         fit(tmp_path / "run", KillAfter(30))
-    with pytest.raises(StoreError, match="begins at update 0: have it go on from its checkpoint"):
+    with pytest.raises(StoreError, match="starts at update 0: have it resume from its checkpoint"):
         fit(tmp_path / "run")
     trainer(SnapshotCallback(tmp_path / "run", SIXTY, resume=False)).fit(Module(), loader())
     assert (steps(tmp_path / "run"), steps(tmp_path / "run.1")) == ([20, 40, 60], [20])
@@ -313,7 +313,7 @@ def test_the_checkpoint_of_a_finished_training_is_finished(tmp_path):
     assert_members(tmp_path / "run", plain_loop(), "network.")
 
 
-def test_a_second_fit_with_the_same_callback_begins_anew(tmp_path):
+def test_a_second_fit_with_the_same_callback_starts_over(tmp_path):
     callback = SnapshotCallback(tmp_path / "run", SIXTY, resume=False)
     for _ in range(2):
         trainer(callback).fit(Module(), loader())

@@ -60,7 +60,7 @@ def through_a_file(state):
 
 @pytest.mark.parametrize("make", [warmed_up, two_phases, chained])
 @pytest.mark.parametrize("stop", [0, 1, WARMUP - 1, WARMUP, WARMUP + 1, 25, 59, 60, 61])
-def test_a_saved_scheduler_of_schedulers_goes_on_where_it_was(make, stop):
+def test_a_saved_scheduler_of_schedulers_resumes_where_it_was(make, stop):
     """Warm restarts in PyTorch resume wrongly; ours right, at the milestones too, where `step` is not called."""
     optimizer = optimizer_of(0.1, 0.01)
     scheduler = make(optimizer)

@@ -138,7 +138,7 @@ def test_a_second_schedule_is_refused_with_what_to_pass(tmp_path, options, named
     assert not (tmp_path / "run").exists()
 
 
-def test_a_trainer_that_goes_on_after_the_program_is_refused_at_the_start(tmp_path):
+def test_a_trainer_that_trains_on_after_the_program_is_refused_at_the_start(tmp_path):
     with pytest.raises(ProtocolError, match=r"to do 61 updates, the program ends after 60: pass max_steps=60"):
         trained(tmp_path, max_steps=61)
 
@@ -189,7 +189,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("every", "kill"), [(7, 13), (33, 59), (20, 20), (17, 42)])
-def test_a_killed_training_goes_on_at_the_trainers_checkpoint_with_the_same_members(tmp_path, whole, every, kill):
+def test_a_killed_training_resumes_at_the_trainers_checkpoint_with_the_same_members(tmp_path, whole, every, kill):
     """In the middle of epochs: the Trainer restores the order of the data and the random states, and we the rest."""
     checkpoint = killed(tmp_path, kill, every=every, kind=Trainer, model=Classifier(0.2))
     _, rates = trained(tmp_path, kind=Trainer, model=Classifier(0.2), checkpoint=checkpoint)
@@ -199,7 +199,7 @@ def test_a_killed_training_goes_on_at_the_trainers_checkpoint_with_the_same_memb
     assert SnapshotStore(tmp_path / "run").stopped == "finished"
 
 
-def test_it_survives_a_trainer_that_builds_its_callbacks_anew(tmp_path):
+def test_it_survives_a_trainer_that_builds_its_callbacks_again(tmp_path):
     checkpoint = killed(tmp_path, 45, every=30, restore_callback_states_from_checkpoint=True)
     trained(tmp_path, checkpoint=checkpoint, restore_callback_states_from_checkpoint=True)
     assert_members(tmp_path / "run", plain_loop(), "network.")
@@ -221,9 +221,9 @@ def test_a_checkpoint_that_was_saved_without_the_callback_is_refused(tmp_path):
         trained(tmp_path, checkpoint=str(tmp_path / "out" / "checkpoint-10"))
 
 
-def test_training_anew_in_a_directory_with_members_is_refused_unless_they_are_moved_aside(tmp_path):
+def test_training_again_in_a_directory_with_members_is_refused_unless_they_are_moved_aside(tmp_path):
     killed(tmp_path, 30, every=30)
-    with pytest.raises(StoreError, match="begins at update 0: have it go on from its checkpoint"):
+    with pytest.raises(StoreError, match="starts at update 0: have it resume from its checkpoint"):
         trained(tmp_path)
     trained(tmp_path, ours=SnapshotCallback(tmp_path / "run", SIXTY, resume=False))
     assert (steps(tmp_path / "run"), steps(tmp_path / "run.1")) == ([20, 40, 60], [20])

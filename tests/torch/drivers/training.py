@@ -33,9 +33,9 @@ def plain_loop(schedule=SIXTY, accumulate=1):
     optimizer = sgd(model)
     batches = list(zip(*(part.split(6) for part in examples()), strict=True))
     while step < schedule.steps:
-        for place, (x, y) in enumerate(batches, 1):
+        for number, (x, y) in enumerate(batches, 1):
             (nn.functional.cross_entropy(model(x), y) / accumulate).backward()
-            if place % accumulate and place < len(batches):  # what is left over at an epoch's end is an update too
+            if number % accumulate and number < len(batches):  # what is left over at an epoch's end is an update too
                 continue
             optimizer.param_groups[0]["lr"] = schedule(step)
             optimizer.step()

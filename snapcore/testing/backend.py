@@ -7,8 +7,6 @@ A third party inherits `BackendConformance`, says how to make its backend, and p
     class TestMyBackend(BackendConformance):
         def backend(self):
             return MyBackend()
-
-The rules are numbered in docs/conformance.md, and each test cites its own. Nothing here imports a framework.
 """
 
 import functools
@@ -16,15 +14,13 @@ import json
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from snapcore.backend import Backend, resolved
 from snapcore.data import TrainingData
 from snapcore.errors import DataError
 from snapcore.protocol import Program
 from snapcore.schedule import CosineCycles, StepDecay
-
-Tensors = dict[str, NDArray[Any]]
+from snapcore.testing.arrays import Arrays, assert_equal, frozen
 
 _STEPS = 12
 
@@ -55,7 +51,7 @@ class BackendConformance:
 
     def test_rule_01_the_same_seed_and_member_give_the_same_weights(self) -> None:
         """Rule 1."""
-        _assert_equal(self._weights(self._init(seed=3, member=2)), self._weights(self._init(seed=3, member=2)))
+        assert_equal(self._weights(self._init(seed=3, member=2)), self._weights(self._init(seed=3, member=2)))
 
     def test_rule_02_another_seed_or_member_gives_other_weights(self) -> None:
         """Rule 2."""
@@ -66,10 +62,10 @@ class BackendConformance:
     def test_rule_03_a_capture_survives_later_updates(self) -> None:
         """Rule 3."""
         backend, state = self.backend(), self._trained(4)
-        before = _frozen(resolved(backend.capture(state)))
+        before = frozen(resolved(backend.capture(state)))
         pending = backend.capture(state)
         self._train(state, 4, 8)
-        _assert_equal(_frozen(resolved(pending)), before)
+        assert_equal(frozen(resolved(pending)), before)
 
     def test_rule_04_a_capture_holds_all_that_the_forward_pass_needs(self) -> None:
         """Rule 4: parameters and buffers alike, so that another state gives the same logits, bit for bit."""
@@ -81,9 +77,9 @@ class BackendConformance:
     def test_rule_05_restoring_is_exact(self) -> None:
         """Rule 5: what was restored is captured again, bit for bit."""
         backend = self.backend()
-        tensors = _frozen(resolved(backend.capture(self._trained(5))))
+        tensors = frozen(resolved(backend.capture(self._trained(5))))
         state = backend.restore(self._init(seed=9), tensors, optimizer="keep")
-        _assert_equal(self._weights(state), tensors)
+        assert_equal(self._weights(state), tensors)
 
     def test_rule_06_the_rate_of_the_schedule_is_the_rate_used(self) -> None:
         """Rule 6: the first update is proportional to schedule(0), and a rate of almost 0 moves nothing."""
@@ -99,7 +95,7 @@ class BackendConformance:
     def test_rule_07_training_in_two_parts_is_training_at_once(self) -> None:
         """Rule 7."""
         parts = self._train(self._trained(5), 5, _STEPS)
-        _assert_equal(self._weights(parts), self._weights(self._trained(_STEPS)))
+        assert_equal(self._weights(parts), self._weights(self._trained(_STEPS)))
 
     def test_rule_08_every_update_is_reported_once_and_in_order(self) -> None:
         """Rule 8: report(step, loss), step counting the update just done."""
@@ -112,9 +108,9 @@ class BackendConformance:
     def test_rule_09_reset_clears_the_moments_and_not_the_count(self) -> None:
         """Rule 9: training goes on as with a new optimizer, at the rates of the steps that follow."""
         backend, state = self.backend(), self._trained(6)
-        new = backend.restore(self._init(), _frozen(resolved(backend.capture(state))), optimizer="keep")
+        new = backend.restore(self._init(), frozen(resolved(backend.capture(state))), optimizer="keep")
         reset = backend.restore(state, None, optimizer="reset")
-        _assert_equal(self._parameters(self._train(reset, 6, 9)), self._parameters(self._train(new, 6, 9)))
+        assert_equal(self._parameters(self._train(reset, 6, 9)), self._parameters(self._train(new, 6, 9)))
         stopped = self._init(schedule=StepDecay(0.05, _STEPS, milestones=(0.5,), factor=1e-12))
         stopped = backend.restore(self._train(stopped, 0, 6), None, optimizer="reset")
         before = self._parameters(stopped)
@@ -125,8 +121,8 @@ class BackendConformance:
     def test_rule_10_keep_leaves_the_moments_alone(self) -> None:
         """Rule 10: restoring what is there already, moments kept, changes nothing that follows."""
         backend, state = self.backend(), self._trained(6)
-        state = backend.restore(state, _frozen(resolved(backend.capture(state))), optimizer="keep")
-        _assert_equal(self._weights(self._train(state, 6, 9)), self._weights(self._undisturbed()))
+        state = backend.restore(state, frozen(resolved(backend.capture(state))), optimizer="keep")
+        assert_equal(self._weights(self._train(state, 6, 9)), self._weights(self._undisturbed()))
 
     def test_rule_11_logits_leave_the_state_alone(self) -> None:
         """Rule 11: evaluation mode, the same answer twice, and training goes on as if nobody had looked."""
@@ -137,16 +133,16 @@ class BackendConformance:
         assert first.shape == (len(data.x), data.n_classes)
         assert first.dtype == np.float32
         state = self._train(state, 6, 9)
-        _assert_equal(self._weights(state), self._weights(self._undisturbed(model=self.random_model)))
+        assert_equal(self._weights(state), self._weights(self._undisturbed(model=self.random_model)))
 
     def test_rule_12_a_dump_loaded_into_another_state_goes_on_exactly(self) -> None:
         """Rule 12: weights, moments and random states; bit for bit, through host arrays and JSON."""
         backend, state = self.backend(), self._trained(6, model=self.random_model)
         tensors, values = backend.dump(state)
-        tensors, values = _frozen(resolved(tensors)), json.loads(json.dumps(values))
+        tensors, values = frozen(resolved(tensors)), json.loads(json.dumps(values))
         expected = self._weights(self._train(state, 6, 9))
         other = backend.load(self._init(seed=9, model=self.random_model), tensors, values)
-        _assert_equal(self._weights(self._train(other, 6, 9)), expected)
+        assert_equal(self._weights(self._train(other, 6, 9)), expected)
 
     def test_rule_13_capturing_and_dumping_do_not_change_what_follows(self) -> None:
         """Rule 13."""
@@ -155,7 +151,7 @@ class BackendConformance:
         state = self._train(state, 6, 9)
         for each in pending:
             resolved(each)
-        _assert_equal(self._weights(state), self._weights(self._undisturbed(model=self.random_model)))
+        assert_equal(self._weights(state), self._weights(self._undisturbed(model=self.random_model)))
 
     def test_rule_14_a_dump_names_its_weights_as_a_capture_does(self) -> None:
         """Rule 14: `weights/<name>` for every name of a capture, with the same values; host arrays all."""
@@ -163,7 +159,7 @@ class BackendConformance:
         weights, dumped = resolved(backend.capture(state)), resolved(backend.dump(state)[0])
         assert all(isinstance(array, np.ndarray) for array in (*weights.values(), *dumped.values()))
         prefix = "weights/"
-        _assert_equal({name.removeprefix(prefix): dumped[name] for name in dumped if name.startswith(prefix)}, weights)
+        assert_equal({name.removeprefix(prefix): dumped[name] for name in dumped if name.startswith(prefix)}, weights)
 
     def test_rule_15_tensors_of_another_model_are_refused_by_name(self) -> None:
         """Rule 15: a missing name and another shape raise `DataError`, and the state is as it was."""
@@ -173,7 +169,7 @@ class BackendConformance:
         missing = {other: array for other, array in before.items() if other != name}
         for tensors in (missing, {**before, name: np.repeat(before[name], 2, axis=0)}):
             assert name in _refusal(backend, state, tensors), f"tensors that do not fit in {name!r} were taken"
-        _assert_equal(self._weights(state), before)
+        assert_equal(self._weights(state), before)
 
     def _init(self, *, seed: int = 3, member: int = 1, schedule: Any = None, **options: Any) -> Any:
         program = Program("test", schedule or CosineCycles(0.05, _STEPS, 1, remainder="even"))
@@ -189,10 +185,10 @@ class BackendConformance:
     def _undisturbed(self, **options: Any) -> Any:
         return self._train(self._trained(6, **options), 6, 9)
 
-    def _weights(self, state: Any) -> Tensors:
-        return _frozen(resolved(self.backend().capture(state)))
+    def _weights(self, state: Any) -> Arrays:
+        return frozen(resolved(self.backend().capture(state)))
 
-    def _parameters(self, state: Any) -> Tensors:
+    def _parameters(self, state: Any) -> Arrays:
         """The weights that the rate moves: those that an update at almost no rate leaves where they are."""
         schedule = StepDecay(1e-12, _STEPS, milestones=())
         still = self._init(schedule=schedule)
@@ -202,13 +198,13 @@ class BackendConformance:
             name: array for name, array in self._weights(state).items() if np.array_equal(before[name], after[name])
         }
 
-    def _first_update(self, lr: float) -> Tensors:
+    def _first_update(self, lr: float) -> Arrays:
         schedule = StepDecay(lr, _STEPS, milestones=())
         before = self._parameters(self._init(schedule=schedule, **self.without_momentum))
         state = self._train(self._init(schedule=schedule, **self.without_momentum), 0, 1)
         return {name: array - before[name] for name, array in self._parameters(state).items()}
 
-    def _parameters_after(self, schedule: Any, steps: int) -> Tensors:
+    def _parameters_after(self, schedule: Any, steps: int) -> Arrays:
         state = self._train(self._init(schedule=schedule, **self.without_momentum), 0, steps)
         return self._parameters(state)
 
@@ -228,7 +224,7 @@ def _ignore(step: int, loss: float) -> None:
     """Report to nobody."""
 
 
-def _refusal(backend: Backend[Any], state: Any, tensors: Tensors) -> str:
+def _refusal(backend: Backend[Any], state: Any, tensors: Arrays) -> str:
     try:
         backend.restore(state, tensors, optimizer="keep")
     except DataError as error:
@@ -236,15 +232,5 @@ def _refusal(backend: Backend[Any], state: Any, tensors: Tensors) -> str:
     return ""
 
 
-def _frozen(tensors: Any) -> Tensors:
-    return {name: np.array(array) for name, array in tensors.items()}
-
-
-def _differ(one: Tensors, other: Tensors) -> bool:
+def _differ(one: Arrays, other: Arrays) -> bool:
     return any(not np.array_equal(one[name], other[name]) for name in one)
-
-
-def _assert_equal(one: Any, other: Any) -> None:
-    assert one.keys() == other.keys()
-    for name, array in one.items():
-        np.testing.assert_array_equal(array, other[name], err_msg=name)
