@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from snapcore import DataError, ProtocolError
+from snapcore import DataError, ProtocolError, StoreError
 from snapcore.store import SnapshotStore
 from snapcore_jax.run import SnapshotRun
 from snapcore_jax.schedule import snapshot_schedule
