@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 from snapcore import ProtocolError
 from snapcore_jax.trees import named_leaves
@@ -22,7 +23,7 @@ def donated(parts: Mapping[str, Any]) -> str | None:
 def refuse_unusable(parts: Mapping[str, Any]) -> None:
     """Raise `ProtocolError` if an array was donated or is being traced, with the rule that was broken and the cure."""
     for name, leaf in named_leaves(parts).items():
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, Tracer):
             raise ProtocolError(f"{name!r} is being traced: call run.step outside of jax.jit, after the update")
     gone = donated(parts)
     if gone:

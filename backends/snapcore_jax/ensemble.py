@@ -1,12 +1,16 @@
 """Several members, one function: the mean of their probabilities."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from numpy.typing import NDArray
 
 from snapcore import DataError
 from snapcore.ensemble import (
@@ -14,26 +18,25 @@ from snapcore.ensemble import (
     ROUNDS,
     TOLERANCE,
     Directory,
+    Output,
     TuningReport,
     are_probabilities,
     check_activation,
     check_members,
     check_strategy,
     member_files,
-    refuse_one_output,
+    pick,
+    predict,
+    refuse_equal_members,
+    refuse_mapped,
+    softmax_axis,
     tune,
 )
 from snapcore.store import map_tensors
-from snapcore_jax.strategies import STRATEGIES, Batch, Found, Weights, partition
-from snapcore_jax.trees import with_leaves
+from snapcore_jax.strategies import STRATEGIES, Batch, Static, Weights, loop, partition
+from snapcore_jax.trees import holds_module, is_key, with_leaves
 
 Activation = Callable[[jax.Array], jax.Array]
-
-_ACTIVATIONS: dict[str, Activation] = {
-    "softmax": jax.nn.softmax,
-    "sigmoid": jax.nn.sigmoid,
-    "identity": lambda outputs: outputs,
-}
 
 _HALF = (jnp.float16, jnp.bfloat16)  # averaged in float32
 
@@ -41,19 +44,24 @@ _HALF = (jnp.float16, jnp.bfloat16)  # averaged in float32
 class SnapshotEnsemble:
     """Average the members' probabilities: h(x) = 1/m · Σ softmax of each of the last m members.
 
-    Calling it gives mean probabilities, shape [batch, …, classes]; `members(…)` gives each member's, with the member
-    axis first. Both are compiled, once for every shape of batch. `tune(…)` measures the strategies on a batch and
-    keeps the fastest.
+    Calling it gives mean probabilities, in the shape of the outputs; `members(…)` gives each member's, with the member
+    axis first. Both are compiled, once for every shape of batch. `predict(…)` gives the mean for all of a loader. It
+    has a length, and yields each member as an ensemble of one. `tune(…)` measures the strategies on a batch and keeps
+    the fastest. It pickles, if the members and `apply_fn` do.
 
     Arguments:
         members: each member's variables, trees of one structure. `SnapshotEnsemble.load` reads them from runs.
         apply_fn: `apply_fn(variables, *args, **kwargs)` gives one member's outputs in evaluation mode: no dropout, and
-            batch normalisation by the statistics in the variables.
-        activation: from outputs to probabilities: `"softmax"` over the last axis, `"sigmoid"`, `"identity"` or a
-            callable.
-        output: picks the array when `apply_fn` returns something else, such as `lambda o: o.logits`.
+            batch normalisation by the statistics in the variables. Where the variables are a model that is called,
+            such as a Flax NNX module, that is `operator.call`.
+        activation: from outputs to probabilities: `"softmax"`, `"sigmoid"`, `"identity"` or a callable.
+        axis: of the classes, for softmax; by default the last of outputs [batch, …, classes]. Convolutions of
+            Equinox have it first, so with its modules it may be left out for outputs [batch, classes] alone.
+        output: picks the array when `apply_fn` returns something else: a key or attribute such as `"logits"`, a
+            position such as `0`, or a function.
         strategy: `"loop"`, one member after the other; `"stacked"`, all at once by `jax.vmap`; `"map"`, one at a time
             by `jax.lax.map`, the least memory; `"sharded"`, spread over this process's devices.
+        allow_equal: whether members whose weights differ may give equal outputs for the first batch.
 
     Raises:
         StoreError: there are no members.
@@ -77,15 +85,21 @@ class SnapshotEnsemble:
         apply_fn: Callable[..., Any],
         *,
         activation: str | Activation = "softmax",
-        output: Callable[[Any], jax.Array] | None = None,
+        axis: int | None = None,
+        output: Output | None = None,
         strategy: str = "loop",
+        allow_equal: bool = False,
     ) -> None:
         check_activation(activation)
         check_strategy(strategy, STRATEGIES)
-        self._activation = _ACTIVATIONS[activation] if isinstance(activation, str) else activation
-        self._apply, self._output = apply_fn, output
-        parts = [partition(member) for member in members]
-        check_members(parts)
+        if holds_module(apply_fn, "flax.nnx", "flax.linen") or not callable(apply_fn):
+            raise DataError(
+                f"apply_fn must be a function of (variables, x), got {type(apply_fn).__name__}: pass model.apply in "
+                "Linen, and operator.call where the variables are the model"
+            )
+        trees = list(members)
+        check_members(trees)
+        parts = [partition(tree) for tree in trees]
         self._members, self._static = [weights for weights, _ in parts], parts[0][1]
         for number, (_, static) in enumerate(parts, 1):
             if static != self._static:
@@ -93,7 +107,13 @@ class SnapshotEnsemble:
                     f"members must differ in the values of arrays alone, but member {number} has another structure "
                     "than the first, or other values that are no arrays: make those arrays"
                 )
-        self._softmax = self._unchecked = activation == "softmax"
+        self._options = {"activation": activation, "axis": axis, "output": output, "allow_equal": allow_equal}
+        self._activation, self._axis, self._output, self._allow_equal = activation, axis, output, allow_equal
+        self._classes_last = not holds_module(trees[0], "equinox")
+        self._apply = apply_fn
+        # Traced once for every shape, and looked at for the first; inline, it is compiled as if it stood there.
+        self._outputs = jax.jit(self._one, static_argnums=2, inline=True)
+        self._unchecked, self._undecided, self._zeros_passed = activation == "softmax", not allow_equal, False
         self._strategy = strategy
         self._run = STRATEGIES[strategy](self._member, self._members)
 
@@ -105,9 +125,13 @@ class SnapshotEnsemble:
         *,
         like: Any,
         last: int | None = None,
+        members: Iterable[int] | None = None,
         activation: str | Activation = "softmax",
-        output: Callable[[Any], jax.Array] | None = None,
+        axis: int | None = None,
+        output: Output | None = None,
         strategy: str = "loop",
+        mapped: bool = False,
+        allow_equal: bool = False,
     ) -> Self:
         """Load the members of one run, or of several.
 
@@ -117,19 +141,31 @@ class SnapshotEnsemble:
             like: variables with the structure, shapes, dtypes and shardings that the members are to have: a model, or
                 what `jax.eval_shape` gives of one. Random keys in it are every member's.
             last: how many members of each run, counted from its end; default all. Unfinished ones are left out.
-            activation: from outputs to probabilities, see `SnapshotEnsemble`.
+            members: instead, the indices of each run's members to take, such as `[1, 3]`.
+            activation: from outputs to probabilities, see `SnapshotEnsemble`, as `axis`.
+            axis: of the classes.
             output: picks the array when `apply_fn` returns something else.
             strategy: how the members are run, see `SnapshotEnsemble`.
+            mapped: left out; it is for PyTorch. JAX copies weights to its devices.
+            allow_equal: whether members whose weights differ may give equal outputs for the first batch.
 
         Raises:
-            StoreError: a directory holds no run, or fewer than `last` members.
+            StoreError: a directory holds no run, or not the members asked for.
             CorruptSnapshotError: a file is not what was written.
             DataError: a member's names and shapes are not those of `like`, it was written by another framework, or an
                 argument is unknown.
         """
-        files = member_files(directories, framework="jax", last=last)
-        members = (_loaded(file, like) for file in files)
-        return cls(members, apply_fn, activation=activation, output=output, strategy=strategy)
+        refuse_mapped(mapped)
+        files = member_files(directories, framework="jax", last=last, members=members)
+        return cls(
+            [_loaded(file, like) for file in files],
+            apply_fn,
+            activation=activation,
+            axis=axis,
+            output=output,
+            strategy=strategy,
+            allow_equal=allow_equal,
+        )
 
     @property
     def strategy(self) -> str:
@@ -140,6 +176,14 @@ class SnapshotEnsemble:
         """Return how many members there are."""
         return len(self._members)
 
+    def __iter__(self) -> Iterator[Self]:
+        """Yield each member as an ensemble of one, which gives its probabilities and shares its weights."""
+        run = loop(self._member, self._members[:1])  # compiled once for all of them
+        for weights in self._members:
+            member = object.__new__(type(self))
+            vars(member).update(vars(self), _members=[weights], _strategy="loop", _run=run.over((weights,)))
+            yield member
+
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Return the members' mean probabilities.
 
@@ -148,14 +192,31 @@ class SnapshotEnsemble:
             **kwargs: the same.
 
         Raises:
-            DataError: softmax cannot be right, since the first batch's outputs already are probabilities, or there is
-                one output.
+            DataError: the first batch's outputs already are probabilities, or all members give the same; or `axis` or
+                `output` is needed.
         """
-        return self._checked(self._run.mean(partition((args, kwargs))))
+        batch = partition((args, kwargs))
+        self._check(batch)
+        return self._run.mean(batch)
 
     def members(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Return each member's probabilities, shape [members, batch, …]."""
-        return self._checked(self._run.each(partition((args, kwargs))))
+        batch = partition((args, kwargs))
+        self._check(batch)
+        return self._run.each(batch)
+
+    def predict(self, batches: Iterable[Any] | jax.Array | NDArray[Any]) -> NDArray[Any]:
+        """Return the members' mean probabilities for all batches of a loader, as one NumPy array.
+
+        Arguments:
+            batches: inputs x, or tuples or lists that begin with them, such as (x, y): what follows is not used. An
+                array is one batch.
+
+        Raises:
+            DataError: there is no batch, or as for a call.
+        """
+        alone = isinstance(batches, jax.Array | np.ndarray)
+        return predict(lambda x: np.asarray(self(x)), [batches] if alone else batches)
 
     def tune(self, *args: Any, tolerance: float = TOLERANCE, rounds: int = ROUNDS, **kwargs: Any) -> TuningReport:
         """Measure every strategy on a batch, keep the fastest that gives what the loop gives, and return the report.
@@ -168,37 +229,63 @@ class SnapshotEnsemble:
             **kwargs: as for a call.
         """
         batch, made = partition((args, kwargs)), {self._strategy: self._run}
+        self._check(batch)
 
         def run(name: str) -> jax.Array:
             if name not in made:
                 made[name] = STRATEGIES[name](self._member, self._members)
-            return self._checked(made[name].mean(batch)).block_until_ready()
+            return made[name].mean(batch).block_until_ready()
 
         report = tune(run, list(STRATEGIES), to_host=np.asarray, tolerance=tolerance, rounds=rounds)
         self._strategy, self._run = report.chosen, made[report.chosen]
         return report
 
-    def _member(self, weights: Weights, batch: Batch) -> Found:
-        arrays, static = batch
+    def _one(self, weights: Weights, arrays: list[Any], static: Static) -> jax.Array:
         args, kwargs = static.combine(arrays)
-        outputs = self._apply(self._static.combine(weights), *args, **kwargs)
-        if self._output is not None:
-            outputs = self._output(outputs)
-        suspect: Any = False
-        if self._softmax:
-            refuse_one_output(outputs.shape)
-            if jnp.issubdtype(outputs.dtype, jnp.floating):
-                suspect = are_probabilities(outputs.astype(jnp.float32), half=outputs.dtype in _HALF)
-        probabilities = self._activation(outputs.astype(jnp.float32) if outputs.dtype in _HALF else outputs)
-        return probabilities, jnp.asarray(suspect)
+        returned = self._apply(self._static.combine(weights), *args, **kwargs)
+        return jnp.asarray(pick(returned, self._output, lambda value: isinstance(value, jax.Array | np.ndarray)))
 
-    def _checked(self, found: Found) -> jax.Array:
-        probabilities, suspect = found
-        if self._unchecked and not isinstance(suspect, jax.core.Tracer):  # inside jax.jit there is no value to look at
-            if suspect:
-                raise DataError(ALREADY_PROBABILITIES)
-            self._unchecked = False
-        return probabilities
+    def _member(self, weights: Weights, batch: Batch) -> jax.Array:
+        outputs = self._outputs(weights, *batch)
+        outputs = outputs.astype(jnp.float32) if outputs.dtype in _HALF else outputs
+        if self._activation == "softmax":
+            return jax.nn.softmax(outputs, softmax_axis(outputs.shape, self._axis, classes_last=self._classes_last))
+        if self._activation == "sigmoid":
+            return jax.nn.sigmoid(outputs)
+        return self._activation(outputs) if callable(self._activation) else outputs
+
+    def _check(self, batch: Batch) -> None:
+        """Look at the outputs for the first batch: of a traced one, which has no values, at those for zeros."""
+        arrays, static = batch
+        traced, unknown = (any(isinstance(array, Tracer) for array in each) for each in (arrays, chain(*self._members)))
+        passed = not (self._unchecked or self._undecided)
+        if passed or unknown or (traced and (self._zeros_passed or any(map(is_key, arrays)))):
+            return
+        with jax.ensure_compile_time_eval() if traced else nullcontext():
+            if traced:
+                arrays = [jnp.zeros(array.shape, array.dtype) for array in arrays]
+            each = (self._outputs(weights, arrays, static) for weights in self._members)
+            first = next(each)
+            if self._unchecked and jnp.issubdtype(first.dtype, jnp.floating):
+                axis = softmax_axis(first.shape, self._axis, classes_last=self._classes_last)
+                if are_probabilities(first.astype(jnp.float32), axis, half=first.dtype in _HALF):
+                    raise DataError(ALREADY_PROBABILITIES)
+            decided = True
+            if self._undecided:
+                cure = "have apply_fn use the variables that it is given; or allow_equal=True"
+                decided = refuse_equal_members(chain([first], each), lambda: self._members, cure)
+        self._zeros_passed = traced
+        if not traced:
+            self._unchecked, self._undecided = self._unchecked and not first.size, not decided
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: nothing that was compiled."""
+        members = [self._static.combine(weights) for weights in self._members]
+        return {"members": members, "apply_fn": self._apply, "strategy": self._strategy, **self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the ensemble anew of what was pickled."""
+        self.__init__(**state)  # type: ignore[misc]
 
 
 def _loaded(file: Path, like: Any) -> Any:

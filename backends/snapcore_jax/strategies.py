@@ -1,5 +1,6 @@
 """The ways to run all members on one batch, each compiled once for every shape of batch."""
 
+import copy
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -50,10 +51,10 @@ Weights = list[Any]
 """A member's arrays, in the order of its tree."""
 Batch = tuple[list[Any], Static]
 """The arguments of a call, partitioned."""
-Found = tuple[jax.Array, jax.Array]
-"""Probabilities, and whether the outputs already were probabilities; of one member, or of each along a first axis."""
-Member = Callable[[Weights, Batch], Found]
-Every = Callable[[Any, Batch], Found]
+Member = Callable[[Weights, Batch], jax.Array]
+"""Gives one member's probabilities."""
+Every = Callable[[Any, Batch], jax.Array]
+"""Gives every member's, the member axis first."""
 
 
 class Strategy:
@@ -61,45 +62,48 @@ class Strategy:
 
     Arguments:
         weights: the members' arrays, in the form that `every` takes them.
-        every: gives what every member finds of a batch, the member axis first.
+        every: gives all members' probabilities.
         where: which devices it runs on: the batch is put there, and what comes out is put on this process's first.
     """
 
     def __init__(self, weights: Any, every: Every, where: NamedSharding | None = None) -> None:
-        def each(weights: Any, arrays: list[Any], static: Static) -> Found:
-            probabilities, suspects = every(weights, (arrays, static))
-            return probabilities, suspects[0]
+        def each(weights: Any, arrays: list[Any], static: Static) -> jax.Array:
+            return every(weights, (arrays, static))
 
-        def mean(weights: Any, arrays: list[Any], static: Static) -> Found:
-            probabilities, suspect = each(weights, arrays, static)
-            return probabilities.mean(0), suspect
+        def mean(weights: Any, arrays: list[Any], static: Static) -> jax.Array:
+            return every(weights, (arrays, static)).mean(0)
 
         self._weights, self._where = weights, where
         self._mean, self._each = jax.jit(mean, static_argnums=2), jax.jit(each, static_argnums=2)
 
-    def mean(self, batch: Batch) -> Found:
-        """Return the mean probabilities, and whether the first member's outputs already were probabilities."""
+    def over(self, weights: Any) -> "Strategy":
+        """Return the same, compiled once for both, of other weights in the same form."""
+        other = copy.copy(self)
+        other._weights = weights
+        return other
+
+    def mean(self, batch: Batch) -> jax.Array:
+        """Return the mean probabilities."""
         return self._run(self._mean, batch)
 
-    def each(self, batch: Batch) -> Found:
-        """Return every member's probabilities, the member axis first, and the same."""
+    def each(self, batch: Batch) -> jax.Array:
+        """Return every member's probabilities, the member axis first."""
         return self._run(self._each, batch)
 
-    def _run(self, compiled: Callable[..., Found], batch: Batch) -> Found:
+    def _run(self, compiled: Callable[..., jax.Array], batch: Batch) -> jax.Array:
         arrays, static = batch
         if self._where is None:
             return compiled(self._weights, arrays, static)
         found = compiled(self._weights, jax.device_put(arrays, self._where), static)
-        first: Found = jax.device_put(found, jax.local_devices()[0])
+        first: jax.Array = jax.device_put(found, jax.local_devices()[0])
         return first
 
 
 def loop(member: Member, members: Sequence[Weights]) -> Strategy:
     """Run one member after the other, in one compiled function."""
 
-    def every(members: Sequence[Weights], batch: Batch) -> Found:
-        found = [member(weights, batch) for weights in members]
-        return jnp.stack([part for part, _ in found]), jnp.stack([suspect for _, suspect in found])
+    def every(members: Sequence[Weights], batch: Batch) -> jax.Array:
+        return jnp.stack([member(weights, batch) for weights in members])
 
     return Strategy(tuple(members), every)
 
@@ -112,8 +116,8 @@ def stacked(member: Member, members: Sequence[Weights]) -> Strategy:
 def mapped(member: Member, members: Sequence[Weights]) -> Strategy:
     """Run one member at a time, compiled for one (`jax.lax.map`): the least to compile, and the least memory."""
 
-    def every(weights: Weights, batch: Batch) -> Found:
-        found: Found = lax.map(lambda each: member(each, batch), weights)
+    def every(weights: Weights, batch: Batch) -> jax.Array:
+        found: jax.Array = lax.map(lambda each: member(each, batch), weights)
         return found
 
     return Strategy(_stacks(members), every)
@@ -134,10 +138,10 @@ def sharded(member: Member, members: Sequence[Weights]) -> Strategy:
         )
     mesh, spread = Mesh(np.array(devices[:count]), ("members",)), PartitionSpec("members")
 
-    def every(weights: Weights, batch: Batch) -> Found:
+    def every(weights: Weights, batch: Batch) -> jax.Array:
         arrays, static = batch
         local = _vectorised(member)
-        run: Callable[..., Found] = jax.shard_map(
+        run: Callable[..., jax.Array] = jax.shard_map(
             lambda weights, arrays: local(weights, (arrays, static)),
             mesh=mesh,
             in_specs=(spread, PartitionSpec()),
@@ -158,8 +162,8 @@ STRATEGIES: dict[str, Callable[[Member, Sequence[Weights]], Strategy]] = {
 
 
 def _vectorised(member: Member) -> Every:
-    def every(weights: Weights, batch: Batch) -> Found:
-        found: Found = jax.vmap(lambda each: member(each, batch))(weights)
+    def every(weights: Weights, batch: Batch) -> jax.Array:
+        found: jax.Array = jax.vmap(lambda each: member(each, batch))(weights)
         return found
 
     return every

@@ -204,6 +204,21 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
+def holds_module(tree: Any, *libraries: str) -> bool:
+    """Return whether a tree is a module of Flax or Equinox, or holds one.
+
+    Arguments:
+        tree: anything.
+        libraries: which of `flax.nnx`, `flax.linen` and `equinox`; default all.
+    """
+    kinds = [("flax.nnx", "Pytree"), ("flax.linen", "Module"), ("equinox", "Module")]
+
+    def is_module(value: Any) -> bool:
+        return any(_is(value, library, name) for library, name in kinds if library in (libraries or dict(kinds)))
+
+    return any(map(is_module, jax.tree.leaves(tree, is_leaf=is_module)))
+
+
 def is_key(value: Any) -> bool:
     """Tell typed random keys; the older ones are arrays of uint32 like any other."""
     return jnp.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.prng_key)

@@ -13,17 +13,21 @@ from snapcore.ensemble import (
     ROUNDS,
     TOLERANCE,
     Directory,
+    Output,
     TuningReport,
     check_members,
     check_strategy,
     member_files,
+    predict,
     refuse_like,
+    refuse_mapped,
     tune,
 )
 from snapcore.store import map_tensors
 from snapcore_keras.activations import Activation, resolved
 from snapcore_keras.first_batch import OutputCheck, is_symbolic
 from snapcore_keras.layer import MeanOfMembers
+from snapcore_keras.members import fitted_weights
 from snapcore_keras.state import fitted, named_weights
 from snapcore_keras.strategies import Forward, Loop, Stacked, Strategy, Weights
 
@@ -35,20 +39,26 @@ class SnapshotEnsemble:
     `SnapshotEnsemble.load`. What runs them is the model itself, called in a `keras.StatelessScope` with each member's
     weights instead of its own: so it is not changed, and may be trained on; nor is what it would assign kept.
 
-    Calling it gives mean probabilities, shape [batch, …, classes]; `members(…)` gives each member's, with the member
-    axis first; `predict(…)` gives the mean of any number of examples in NumPy, compiled by Keras. `functional()` is a
-    model to save or export. `tune(…)` measures the strategies on a batch and keeps the fastest.
+    Calling it gives mean probabilities, in the shape of the outputs; `members(…)` gives each member's, with the member
+    axis first; `predict(…)` gives the mean for any number of examples in NumPy, compiled by Keras. It has a length, and
+    yields each member as an ensemble of one. `functional()` is a model to save or export. `tune(…)` measures the
+    strategies on a batch and keeps the fastest. It pickles, if the model does.
 
     Arguments:
         members: each member's weights, arrays in the order of `model.weights`, as `model.get_weights()` gives them.
         model: built, of any kind: functional, sequential or a subclass.
-        activation: from outputs to probabilities: `"softmax"` over the last axis, `"sigmoid"`, `"identity"` or a
-            callable. `"auto"` reads `from_logits` of the compiled loss, without one looks at the last layer, and is
-            softmax if neither decides. It is checked against the first member's outputs for the first batch, or for
-            zeros where a model or graph is being built.
-        output: picks the tensor when the model returns something else, such as `lambda outputs: outputs[0]`.
+        activation: from outputs to probabilities: `"softmax"`, `"sigmoid"`, `"identity"` or a callable. `"auto"` reads
+            `from_logits` of the compiled loss, and is identity for Keras' losses of values, such as `mse`; a loss of
+            your own leaves it to a last layer of softmax or sigmoid, or is refused; without a loss it is softmax, but
+            for such a last layer. It is checked against the first member's outputs for the first batch, or for zeros
+            where a model or graph is being built.
+        axis: of the classes, for softmax; by default the last. Where `keras.config.image_data_format()` is
+            `"channels_first"` it may be left out for outputs [batch, classes] alone.
+        output: picks the tensor when the model returns something else: a key or attribute such as `"logits"`, a
+            position such as `0`, or a function.
         strategy: `"loop"`, one member after the other; or `"stacked"`, all in one vectorised call, which needs the
             weights a second time, and Keras to run on JAX or PyTorch.
+        allow_equal: whether members whose weights differ may give equal outputs for the first batch.
 
     Raises:
         StoreError: there are no members.
@@ -65,28 +75,33 @@ class SnapshotEnsemble:
     Source: Huang et al., Snapshot Ensembles: Train 1, Get M for Free, ICLR 2017, section 3.
     """
 
-    _framework: ClassVar[str] = "keras"
+    _frameworks: ClassVar[Sequence[str]] = ("keras", "jax", "torch")
     _strategies: ClassVar[Mapping[str, Callable[[Forward, Sequence[Weights]], Strategy]]] = {
         "loop": Loop,
         "stacked": Stacked,
     }
 
+    _strategy: str
+    _run: Strategy
+    _check: OutputCheck
+
     def __init__(
         self,
-        members: Iterable[Sequence[NDArray[Any]]],
+        members: Iterable[Sequence[Any]],
         model: Any,
         *,
         activation: str | Activation = "auto",
-        output: Callable[[Any], Any] | None = None,
+        axis: int | None = None,
+        output: Output | None = None,
         strategy: str = "loop",
+        allow_equal: bool = False,
     ) -> None:
         check_strategy(strategy, self._strategies)
-        activation, check = resolved(activation, model, whole=output is None)
-        self._layer = MeanOfMembers(model, _fitting(members, model), activation=activation, output=output)
-        check_members(self._layer.members)
-        self._strategy, self._run = strategy, self._strategies[strategy](self._layer.run_one, self._layer.members)
-        self._check = OutputCheck(self._layer.run_one, self._layer.members[0], check)
-        self._predicting: dict[str, Any] = {}
+        _check_model(model)
+        activation, self._check_outputs = resolved(activation, model, axis, output)
+        layer = MeanOfMembers(model, _fitting(members, model), activation=activation, axis=axis, output=output)
+        self._allow_equal = allow_equal
+        self._hold(layer, strategy)
 
     @classmethod
     def load(
@@ -96,33 +111,50 @@ class SnapshotEnsemble:
         *,
         like: None = None,
         last: int | None = None,
+        members: Iterable[int] | None = None,
         activation: str | Activation = "auto",
-        output: Callable[[Any], Any] | None = None,
+        axis: int | None = None,
+        output: Output | None = None,
         strategy: str = "loop",
+        mapped: bool = False,
+        allow_equal: bool = False,
     ) -> Self:
         """Load the members of one run, or of several.
 
         Arguments:
-            directories: a run directory, or several; every file is checked against its digest.
+            directories: a run directory, or several; every file is checked against its digest. Members may also come
+                from a loop in JAX or PyTorch over a model of Keras, if it is plain which weight is which.
             model: the architecture, built, with any weights. It is not changed, and may be trained on.
             like: left out; it is for adapters that take a function instead of a model.
             last: how many members of each run, counted from its end; default all. Unfinished ones are left out.
-            activation: from outputs to probabilities, see `SnapshotEnsemble`.
+            members: instead, the indices of each run's members to take, such as `[1, 3]`.
+            activation: from outputs to probabilities, see `SnapshotEnsemble`, as `axis`.
+            axis: of the classes.
             output: picks the tensor when the model returns something else.
             strategy: how the members are run, see `SnapshotEnsemble`.
+            mapped: left out; it is for PyTorch. Keras copies weights to its devices.
+            allow_equal: whether members whose weights differ may give equal outputs for the first batch.
 
         Raises:
-            StoreError: a directory holds no run, or fewer than `last` members.
+            StoreError: a directory holds no run, or not the members asked for.
             CorruptSnapshotError: a file is not what was written.
             DataError: a member's positions and shapes are not the model's, it was written by another framework, or an
                 argument is unknown.
         """
         check_strategy(strategy, cls._strategies)
         refuse_like(like)
-        files = member_files(directories, framework=cls._framework, last=last)
-        own = named_weights(model)
-        members = (fitted(own, map_tensors(file), str(file)) for file in files)
-        return cls(members, model, activation=activation, output=output, strategy=strategy)
+        refuse_mapped(mapped)
+        _check_model(model)
+        files = member_files(directories, framework=cls._frameworks, last=last, members=members)
+        return cls(
+            [fitted_weights(model, map_tensors(file), str(file)) for file in files],
+            model,
+            activation=activation,
+            axis=axis,
+            output=output,
+            strategy=strategy,
+            allow_equal=allow_equal,
+        )
 
     @property
     def strategy(self) -> str:
@@ -132,6 +164,16 @@ class SnapshotEnsemble:
     def __len__(self) -> int:
         """Return how many members there are."""
         return len(self._layer.members)
+
+    def __iter__(self) -> Iterator[Self]:
+        """Yield each member as an ensemble of one, which gives its probabilities and shares its weights."""
+        one = self._layer.run_one
+        for weights in self._layer.members:
+            member = object.__new__(type(self))
+            member._allow_equal, member._check_outputs = self._allow_equal, self._check_outputs
+            layer = MeanOfMembers(one.model, [weights], activation=one.activation, axis=one.axis, output=one.output)
+            member._hold(layer, "loop")
+            yield member
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the members' mean probabilities, a tensor of Keras' backend.
@@ -153,25 +195,27 @@ class SnapshotEnsemble:
         return self._run.each(args, kwargs)
 
     def predict(self, x: Any, batch_size: int = 32) -> NDArray[Any]:
-        """Return the members' mean probabilities of any number of examples, by Keras' compiled `predict`.
+        """Return the members' mean probabilities for any number of examples, by Keras' compiled `predict`.
 
         The strategy plays no part in it: it is the model that `functional` gives.
 
         Arguments:
-            x: an array of examples, or a list or dict of arrays as the model takes them.
-            batch_size: how many to run at once, 1 or more.
+            x: an array of examples, or a list or dict of arrays as the model takes them. Or batches: a
+                `tf.data.Dataset`, a `keras.utils.PyDataset`, a `DataLoader`, or any iterable of inputs x, or of tuples
+                or lists that begin with them, such as (x, y): what follows is not used.
+            batch_size: how many examples of arrays to run at once, 1 or more.
 
         Raises:
-            DataError: there are no examples, or the first batch's outputs are not what the activation takes them for.
+            DataError: there are no examples, or as for a call.
         """
-        kinds = [(tuple(array.shape), str(array.dtype)) for array in keras.tree.flatten(x)]
-        if not all(shape[0] for shape, _ in kinds):
-            raise DataError(f"predict needs at least one example, got x of shape {[shape for shape, _ in kinds]}")
-        self._check((keras.tree.map_structure(lambda array: array[:batch_size], x),), {})
-        kind = repr([(shape[1:], dtype) for shape, dtype in kinds])
-        if kind not in self._predicting:
-            self._predicting[kind] = self.functional(x)
-        return np.asarray(self._predicting[kind].predict(x, batch_size=batch_size, verbose=0))
+        if isinstance(x, keras.utils.PyDataset):
+            return predict(self._predict_batch, (x[position] for position in range(x.num_batches)))
+        if not self._are_inputs(x):
+            if not isinstance(x, Iterable):
+                raise DataError(f"predict needs arrays or an iterable of batches, got {type(x).__name__}")
+            return predict(self._predict_batch, x)
+        model = self._compiled(x, keras.tree.map_structure(lambda array: array[:batch_size], x))
+        return np.asarray(model.predict(x, batch_size=batch_size, verbose=0))
 
     def functional(self, x: Any = None) -> Any:
         """Return a functional model whose outputs are the mean probabilities, to `save`, `export` or build on.
@@ -212,6 +256,71 @@ class SnapshotEnsemble:
         report = tune(run, list(self._strategies), to_host=np.asarray, tolerance=tolerance, rounds=rounds)
         self._strategy, self._run = report.chosen, made[report.chosen]
         return report
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: the model as Keras pickles it, and the members' weights."""
+        one, members = self._layer.run_one, self._layer.members
+        return {
+            "members": [[np.asarray(ops.convert_to_numpy(weight)) for weight in weights] for weights in members],
+            "model": one.model,
+            "activation": one.activation,
+            "axis": one.axis,
+            "output": one.output,
+            "strategy": self._strategy,
+            "allow_equal": self._allow_equal,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the ensemble anew of what was pickled."""
+        self.__init__(**state)  # type: ignore[misc]
+
+    def _hold(self, layer: MeanOfMembers, strategy: str) -> None:
+        check_members(layer.members)
+        self._layer, self._strategy = layer, strategy
+        self._run = self._strategies[strategy](layer.run_one, layer.members)
+        self._check = OutputCheck(layer.run_one, layer.members, self._check_outputs, allow_equal=self._allow_equal)
+        self._predicting: dict[str, Any] = {}
+
+    def _are_inputs(self, x: Any) -> bool:
+        """Return whether something is a model's inputs, all examples in one, and no iterable of batches."""
+        if not isinstance(x, list | tuple):
+            return isinstance(x, Mapping) or hasattr(x, "shape")
+        inputs = getattr(self._layer.run_one.model, "inputs", None)
+        return all(hasattr(each, "shape") for each in x) and (inputs is None or len(inputs) == len(x) > 1)
+
+    def _predict_batch(self, x: Any) -> NDArray[Any]:
+        return np.asarray(ops.convert_to_numpy(self._compiled(x, x).predict_on_batch(x)))
+
+    def _compiled(self, x: Any, batch: Any) -> Any:
+        """Return the model that `functional` gives, made once for each shape and type of examples."""
+        kinds = [(tuple(array.shape), str(array.dtype)) for array in keras.tree.flatten(x)]
+        if not all(shape[0] for shape, _ in kinds):
+            raise DataError(f"predict needs at least one example, got x of shape {[shape for shape, _ in kinds]}")
+        self._check((batch,), {})
+        kind = repr([(shape[1:], dtype) for shape, dtype in kinds])
+        if kind not in self._predicting:
+            self._predicting[kind] = self.functional(x)
+        return self._predicting[kind]
+
+
+def _check_model(model: Any) -> None:
+    """Refuse what is no model of Keras, and parts that run or keep what is not among its weights."""
+    if not isinstance(model, keras.Layer):
+        kind = type(model)
+        raise DataError(
+            f"model must be a model of Keras 3, got {kind.__name__} of {kind.__module__.partition('.')[0]}: build it "
+            "with keras, not with tf_keras or another framework"
+        )
+    for layer in model._flatten_layers():
+        if type(layer).__name__ in ("TorchModuleWrapper", "TFSMLayer"):
+            raise DataError(
+                f"{layer.name!r} is a {type(layer).__name__}, which runs weights of its own: assign each member by "
+                "model.set_weights, and average predictions with snapcore.ensemble.combine"
+            )
+        if getattr(layer, "stateful", False):
+            raise DataError(f"{layer.name!r} keeps states from batch to batch: build the model with stateful=False")
+        if hasattr(layer, "get_vocabulary") and not layer.get_vocabulary(include_special_tokens=False):
+            raise DataError(f"{layer.name!r} has no vocabulary, and members hold none: adapt it, or pass vocabulary=")
 
 
 def _fitting(members: Iterable[Sequence[NDArray[Any]]], model: Any) -> Iterator[list[NDArray[Any]]]:

@@ -1,6 +1,8 @@
 """A check of the first outputs before anything is made of them: are they what the activation takes them for."""
 
 import threading
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import keras
@@ -8,6 +10,7 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
+from snapcore.ensemble import refuse_equal_members
 from snapcore_keras.activations import Check
 from snapcore_keras.strategies import Forward, Weights
 
@@ -16,32 +19,34 @@ _UNKNOWN = 32
 
 
 class OutputCheck:
-    """Run the first member and check its outputs: on the first batch, or where there are no values, on zeros.
+    """Run members and check their outputs: on the first batch, or where there are no values, on zeros.
 
-    A batch is checked once. Zeros are too, and the first batch with values is still checked after them.
+    The first member's are to be what the activation takes them for, and another's are to differ from them. A batch is
+    checked once. Zeros are too, and the first batch with values is still checked after them.
 
     Arguments:
         run_one: runs a member.
-        weights: the first member's.
-        check: refuses outputs; None if there is nothing to check.
+        members: the weights of each.
+        check: refuses outputs; None if they may be anything.
+        allow_equal: whether members whose weights differ may give equal outputs.
     """
 
-    def __init__(self, run_one: Forward, weights: Weights, check: Check | None) -> None:
-        self._run_one, self._weights, self._check = run_one, weights, check
-        self._zeros_passed = False
+    def __init__(self, run_one: Forward, members: Sequence[Weights], check: Check | None, *, allow_equal: bool) -> None:
+        self._run_one, self._members, self._check = run_one, members, check
+        self._undecided, self._zeros_passed = not allow_equal, False
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check what the model returns for these arguments.
 
         Raises:
-            DataError: the outputs are not what the activation takes them for.
+            DataError: the outputs are not what the activation takes them for, or all members' are equal.
         """
-        if self._check is None:
+        if self._check is None and not self._undecided:
             return
         if is_symbolic((args, kwargs)):
             self.check_zeros(args, kwargs)
             return
-        found = self._found(args, kwargs)
+        found = self._found(self._members[0], args, kwargs)
         if found is None:
             elsewhere = _Elsewhere(self, args, kwargs)
             elsewhere.start()
@@ -49,20 +54,20 @@ class OutputCheck:
             if elsewhere.error is not None:
                 raise elsewhere.error
         elif found.size:
-            self._check(found)
+            self._undecided = not self._pass(found, args, kwargs)
             self._check = None
 
     def check_zeros(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check, once, what the model returns for zeros in the shapes of these arguments.
 
         Raises:
-            DataError: the outputs are not what the activation takes them for.
+            DataError: the outputs are not what the activation takes them for, or all members' are equal.
         """
         if self._check is None or self._zeros_passed:
             return
         try:
             args, kwargs = keras.tree.map_structure(_zeros, (args, kwargs))
-            found = self._found(args, kwargs)
+            found = self._found(self._members[0], args, kwargs)
         except Exception as error:
             error.add_note(
                 "This came of a batch of zeros, by which a model is checked where there are no values. Call the "
@@ -70,11 +75,22 @@ class OutputCheck:
             )
             raise
         if found is not None and np.isfinite(found.astype(np.float64)).all():  # else all is masked
-            self._check(found)
+            self._pass(found, args, kwargs)
         self._zeros_passed = True
 
-    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NDArray[Any] | None:
-        outputs = self._run_one.outputs(self._weights, args, kwargs)
+    def _pass(self, first: NDArray[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Check outputs, and return whether they decide that members are not all equal."""
+        if self._check is not None:
+            self._check(first)
+        each = (self._found(weights, args, kwargs) for weights in self._members[1:])
+        cure = "pass a freshly built model; or allow_equal=True"
+        return not self._undecided or refuse_equal_members(chain([first], each), self._weights, cure)
+
+    def _weights(self) -> list[list[NDArray[Any]]]:
+        return [[np.asarray(ops.convert_to_numpy(each)) for each in weights] for weights in self._members]
+
+    def _found(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NDArray[Any] | None:
+        outputs = self._run_one.outputs(weights, args, kwargs)
         try:
             return np.asarray(ops.convert_to_numpy(outputs))
         except (TypeError, NotImplementedError):  # inside jax.jit or tf.function there is no value

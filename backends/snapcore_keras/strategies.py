@@ -1,13 +1,14 @@
 """The ways to run all members on one batch: one after the other, or stacked into one vectorised call."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import keras
 from keras import ops
 
 from snapcore import DataError
-from snapcore_keras.activations import ACTIVATIONS, Activation
+from snapcore.ensemble import Output, pick, reason, softmax_axis
+from snapcore_keras.activations import Activation, classes_last
 
 Weights = Sequence[Any]
 """One member's: variables or tensors, in the order of `model.weights`."""
@@ -34,19 +35,26 @@ class Forward:
     Arguments:
         model: built.
         activation: from outputs to probabilities: a name or a callable.
+        axis: of the classes, for softmax.
         output: picks the tensor when the model returns something else.
     """
 
-    def __init__(self, model: Any, activation: str | Activation, output: Callable[[Any], Any] | None) -> None:
-        self.model, self.activation, self.output = model, activation, output
+    def __init__(self, model: Any, activation: str | Activation, axis: int | None, output: Output | None) -> None:
+        self.model, self.activation, self.axis, self.output = model, activation, axis, output
         self.variables = list(model.weights)
-        self._activate = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        layers = model._flatten_layers()
+        self._derived = [layer for layer in layers if hasattr(layer, "finalize_state") and layer.weights]
 
     def __call__(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return one member's probabilities."""
         outputs = self.outputs(weights, args, kwargs)
         half = keras.backend.standardize_dtype(outputs.dtype) in _HALF
-        return self._activate(ops.cast(outputs, "float32") if half else outputs)
+        outputs = ops.cast(outputs, "float32") if half else outputs
+        if self.activation == "softmax":
+            return ops.softmax(outputs, softmax_axis(outputs.shape, self.axis, classes_last=classes_last()))
+        if self.activation == "sigmoid":
+            return ops.sigmoid(outputs)
+        return self.activation(outputs) if callable(self.activation) else outputs
 
     def outputs(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return one member's outputs.
@@ -61,15 +69,16 @@ class Forward:
             )
         # What `stateless_call` does, but through the model's `__call__`: it casts inputs and weights to the model's
         # precision, and passes `training` on only where `call` takes it.
-        with keras.StatelessScope(state_mapping=list(zip(self.variables, weights, strict=True))):
-            found = self.model(*args, **{**kwargs, "training": False})
-        picked = found if self.output is None else self.output(found)
-        if not ops.is_tensor(picked):
-            raise DataError(
-                f"the model must return one tensor, got {type(picked).__name__}: pass output=, such as "
-                "output=lambda outputs: outputs[0]"
-            )
-        return picked
+        own = [dict(vars(layer)) for layer in self._derived]
+        try:
+            with keras.StatelessScope(state_mapping=list(zip(self.variables, weights, strict=True))):
+                for layer in self._derived:
+                    layer.finalize_state()  # as after loading: what it computes from its weights, from these
+                found = self.model(*args, **{**kwargs, "training": False})
+        finally:
+            for layer, attributes in zip(self._derived, own, strict=True):
+                vars(layer).update(attributes)
+        return pick(found, self.output, ops.is_tensor)
 
 
 class Loop:
@@ -137,4 +146,4 @@ class Stacked:
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # the last is what Keras makes of JAX's
             failed = error
         self._forward(self._first, args, kwargs)  # where one member fails too, it is not for being stacked
-        raise DataError(f"{self._forward.model.name} cannot be run stacked: {failed}; {_INSTEAD}") from failed
+        raise DataError(f"{self._forward.model.name} cannot be run stacked: {reason(failed)}; {_INSTEAD}") from failed

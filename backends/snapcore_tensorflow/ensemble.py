@@ -5,10 +5,9 @@ from functools import partial
 from typing import Any, ClassVar, Self
 
 import tensorflow as tf
-from numpy.typing import NDArray
 
 from snapcore import DataError
-from snapcore.ensemble import Directory
+from snapcore.ensemble import Directory, Output, reason
 from snapcore_keras.activations import Activation
 from snapcore_keras.ensemble import SnapshotEnsemble as _KerasEnsemble
 from snapcore_keras.strategies import Forward, Loop, Strategy, Weights
@@ -43,7 +42,7 @@ class _Graph:
         try:
             return graph(args, kwargs)
         except tf.errors.OpError as error:
-            raise DataError(f"{self._name} cannot be run by XLA: {error.message}; use strategy='loop'") from error
+            raise DataError(f"{self._name} cannot be run by XLA: {reason(error)}; use strategy='loop'") from error
 
 
 class SnapshotEnsemble(_KerasEnsemble):
@@ -55,10 +54,13 @@ class SnapshotEnsemble(_KerasEnsemble):
     Arguments:
         members: each member's weights, arrays in the order of `model.weights`, as `model.get_weights()` gives them.
         model: built, of any kind: functional, sequential or a subclass.
-        activation: from outputs to probabilities: `"softmax"` over the last axis, `"sigmoid"`, `"identity"` or a
-            callable; or `"auto"`, which asks the compiled loss and the last layer, as `snapcore_keras` does.
-        output: picks the tensor when the model returns something else, such as `lambda outputs: outputs[0]`.
+        activation: from outputs to probabilities: `"softmax"`, `"sigmoid"`, `"identity"` or a callable; or `"auto"`,
+            which asks the compiled loss and the last layer, as `snapcore_keras` does.
+        axis: of the classes, for softmax; by default the last.
+        output: picks the tensor when the model returns something else: a key or attribute such as `"logits"`, a
+            position such as `0`, or a function.
         strategy: `"loop"`, one member after the other in one graph; or `"xla"`, the same compiled by XLA.
+        allow_equal: whether members whose weights differ may give equal outputs for the first batch.
 
     Raises:
         StoreError: there are no members.
@@ -74,7 +76,7 @@ class SnapshotEnsemble(_KerasEnsemble):
     Source: Huang et al., Snapshot Ensembles: Train 1, Get M for Free, ICLR 2017, section 3.
     """
 
-    _framework: ClassVar[str] = "tensorflow"
+    _frameworks: ClassVar[Sequence[str]] = ("tensorflow",)
     _strategies: ClassVar[Mapping[str, Callable[[Forward, Sequence[Weights]], Strategy]]] = {
         "loop": partial(_Graph, xla=False),
         "xla": partial(_Graph, xla=True),
@@ -82,14 +84,24 @@ class SnapshotEnsemble(_KerasEnsemble):
 
     def __init__(
         self,
-        members: Iterable[Sequence[NDArray[Any]]],
+        members: Iterable[Sequence[Any]],
         model: Any,
         *,
         activation: str | Activation = "softmax",
-        output: Callable[[Any], Any] | None = None,
+        axis: int | None = None,
+        output: Output | None = None,
         strategy: str = "loop",
+        allow_equal: bool = False,
     ) -> None:
-        super().__init__(members, model, activation=activation, output=output, strategy=strategy)
+        super().__init__(
+            members,
+            model,
+            activation=activation,
+            axis=axis,
+            output=output,
+            strategy=strategy,
+            allow_equal=allow_equal,
+        )
 
     @classmethod
     def load(
@@ -99,9 +111,13 @@ class SnapshotEnsemble(_KerasEnsemble):
         *,
         like: None = None,
         last: int | None = None,
+        members: Iterable[int] | None = None,
         activation: str | Activation = "softmax",
-        output: Callable[[Any], Any] | None = None,
+        axis: int | None = None,
+        output: Output | None = None,
         strategy: str = "loop",
+        mapped: bool = False,
+        allow_equal: bool = False,
     ) -> Self:
         """Load the members of one run, or of several.
 
@@ -110,16 +126,30 @@ class SnapshotEnsemble(_KerasEnsemble):
             model: the architecture, built, with any weights. It is not changed, and may be trained on.
             like: left out; it is for adapters that take a function instead of a model.
             last: how many members of each run, counted from its end; default all. Unfinished ones are left out.
-            activation: from outputs to probabilities, see `SnapshotEnsemble`.
+            members: instead, the indices of each run's members to take, such as `[1, 3]`.
+            activation: from outputs to probabilities, see `SnapshotEnsemble`, as `axis`.
+            axis: of the classes.
             output: picks the tensor when the model returns something else.
             strategy: how the members are run, see `SnapshotEnsemble`.
+            mapped: left out; it is for PyTorch. Keras copies weights to its devices.
+            allow_equal: whether members whose weights differ may give equal outputs for the first batch.
 
         Raises:
-            StoreError: a directory holds no run, or fewer than `last` members.
+            StoreError: a directory holds no run, or not the members asked for.
             CorruptSnapshotError: a file is not what was written.
             DataError: a member's positions and shapes are not the model's, it was written by another framework, or an
                 argument is unknown.
         """
         return super().load(
-            directories, model, like=like, last=last, activation=activation, output=output, strategy=strategy
+            directories,
+            model,
+            like=like,
+            last=last,
+            members=members,
+            activation=activation,
+            axis=axis,
+            output=output,
+            strategy=strategy,
+            mapped=mapped,
+            allow_equal=allow_equal,
         )

@@ -1,13 +1,12 @@
 """Several members, one module: the mean of their probabilities."""
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, tee
 from typing import Any, Self
 
+import numpy as np
 import torch
-from safetensors.torch import load_file
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from snapcore import DataError
@@ -16,6 +15,7 @@ from snapcore.ensemble import (
     ROUNDS,
     TOLERANCE,
     Directory,
+    Output,
     TuningReport,
     are_probabilities,
     check_activation,
@@ -23,20 +23,18 @@ from snapcore.ensemble import (
     check_strategy,
     deviation,
     member_files,
+    pick,
+    predict,
+    refuse_equal_members,
     refuse_like,
-    refuse_one_output,
+    softmax_axis,
     tune,
 )
-from snapcore_torch.state import check_module_fit, named_tensors, plain_name, to_numpy, unwrapped
+from snapcore_torch.members import CURE, Build, load_members
+from snapcore_torch.state import to_numpy
 from snapcore_torch.strategies import STRATEGIES, Stacked
 
 Activation = Callable[[Tensor], Tensor]
-
-_ACTIVATIONS: dict[str, Activation] = {
-    "softmax": partial(torch.softmax, dim=-1),
-    "sigmoid": torch.sigmoid,
-    "identity": nn.Identity(),
-}
 
 _HALF = (torch.float16, torch.bfloat16)  # averaged in float32
 _ROUNDING = 1e-3
@@ -49,8 +47,17 @@ class SnapshotEnsemble(nn.Module):
     A module in evaluation mode; batch normalisation uses each member's own statistics. Members are loaded with
     `SnapshotEnsemble.load`, which neither changes nor keeps the model it is given.
 
-    Calling it gives mean probabilities, shape [batch, …, classes]; `members(…)` gives each member's, with the
-    member axis first. `tune(…)` measures the strategies on a batch and keeps the fastest.
+    Calling it gives mean probabilities, in the shape of the model's outputs; `members(…)` gives each member's, with the
+    member axis first; `predict(…)` gives the mean for all of a loader. It has a length, and yields each member as an
+    ensemble of one. `tune(…)` measures the strategies on a batch and keeps the fastest.
+
+    Arguments:
+        members: modules of the same inputs and outputs. `SnapshotEnsemble.load` reads them from runs.
+        activation: see `load`, as the others.
+        axis: of the classes.
+        output: picks the tensor.
+        strategy: how the members are run.
+        allow_equal: whether members whose weights differ may give equal outputs.
 
     Example:
         >>> import tempfile, torch
@@ -75,17 +82,18 @@ class SnapshotEnsemble(nn.Module):
         members: Iterable[nn.Module],
         *,
         activation: str | Activation = "softmax",
-        output: Callable[[Any], Tensor] | None = None,
+        axis: int | None = None,
+        output: Output | None = None,
         strategy: str = "loop",
+        allow_equal: bool = False,
     ) -> None:
         super().__init__()
         self.models = nn.ModuleList(members).requires_grad_(False)
         check_members(self.models)
         check_activation(activation)
         check_strategy(strategy, STRATEGIES)
-        self._activation = _ACTIVATIONS[activation] if isinstance(activation, str) else activation
-        self._output = output
-        self._unchecked = activation == "softmax"
+        self._activation, self._axis, self._output = activation, axis, output
+        self._allow_equal, self._unchecked, self._undecided = allow_equal, activation == "softmax", not allow_equal
         self._stacked: Stacked | None = None
         self._strategy = strategy
         self._unproven = True
@@ -95,49 +103,76 @@ class SnapshotEnsemble(nn.Module):
     def load(
         cls,
         directories: Directory | Iterable[Directory],
-        model: nn.Module,
+        model: nn.Module | Build,
         *,
         like: None = None,
         last: int | None = None,
+        members: Iterable[int] | None = None,
         activation: str | Activation = "softmax",
-        output: Callable[[Any], Tensor] | None = None,
+        axis: int | None = None,
+        output: Output | None = None,
         strategy: str = "loop",
+        mapped: bool = False,
+        allow_equal: bool = False,
     ) -> Self:
-        """Load the members of one run, or of several, into copies of `model`.
+        """Load the members of one run, or of several, into modules of their own.
 
         Arguments:
             directories: a run directory, or several; every file is checked against its digest.
-            model: the architecture, on the device to use. On the CPU the members' weights stay mapped to their
-                files. The model itself is neither changed nor kept.
+            model: the architecture, on the device and in the dtype to use, and neither changed nor kept: each member
+                is a copy of it. Or a function without arguments that builds it, called once for each member.
             like: left out; it is for adapters that take a function instead of a model.
             last: how many members of each run, counted from its end; default all. Unfinished ones are left out.
-            activation: from outputs to probabilities: `"softmax"` over the last axis, `"sigmoid"`, `"identity"`
-                or a callable.
-            output: picks the tensor when the model returns something else, such as `lambda o: o.logits`.
+            members: instead, the indices of each run's members to take, such as `[1, 3]`.
+            activation: from outputs to probabilities: `"softmax"`, `"sigmoid"`, `"identity"` or a callable.
+            axis: of the classes, for softmax. It may be left out for outputs [batch, classes] alone: in PyTorch
+                images have them in axis 1, and text in axis -1.
+            output: picks the tensor when the model returns something else: a key or attribute such as `"logits"`, a
+                position such as `0`, or a function.
             strategy: `"loop"`, one member after the other; or `"stacked"`, all in one vectorised call, which needs
                 the weights a second time, cannot run everything, and is checked against the loop on the first batch.
+            mapped: whether weights on the CPU stay in their files, in the files' dtypes, instead of being copied: for
+                models that are too large for that. What changes a file in place then changes the ensemble.
+            allow_equal: whether members whose weights differ may give equal outputs for the first batch.
 
         Raises:
-            StoreError: a directory holds no run, or fewer than `last` members.
+            StoreError: a directory holds no run, or not the members asked for.
             CorruptSnapshotError: a file is not what was written.
-            DataError: a member's names and shapes are not the model's, or an argument is unknown.
+            DataError: a member's names and shapes are not the model's, the model cannot be copied so that it runs the
+                members' weights, or an argument is unknown.
         """
         check_strategy(strategy, STRATEGIES)
         refuse_like(like)
-        files = member_files(directories, framework="torch", last=last)
-        return cls(_modules(model, files), activation=activation, output=output, strategy=strategy)
+        files = member_files(directories, framework="torch", last=last, members=members)
+        return cls(
+            load_members(model, files, mapped=mapped),
+            activation=activation,
+            axis=axis,
+            output=output,
+            strategy=strategy,
+            allow_equal=allow_equal,
+        )
 
     @property
     def strategy(self) -> str:
         """How the members are run."""
         return self._strategy
 
+    def __len__(self) -> int:
+        """Return how many members there are."""
+        return len(self.models)
+
+    def __iter__(self) -> Iterator[Self]:
+        """Yield each member as an ensemble of one, which gives its probabilities and shares its weights."""
+        for model in self.models:
+            yield type(self)([model], activation=self._activation, axis=self._axis, output=self._output)
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the members' mean probabilities.
 
         Raises:
-            DataError: softmax cannot be right, since the first batch's outputs already are probabilities, or there is
-                one output; or the strategy cannot run the model.
+            DataError: the first batch's outputs already are probabilities, or all members give the same; `axis` or
+                `output` is needed; or the strategy cannot run the model.
         """
         if self._strategy == "stacked":
             return self._run_stacked(args, kwargs).mean(0)
@@ -148,6 +183,25 @@ class SnapshotEnsemble(nn.Module):
         if self._strategy == "stacked":
             return self._run_stacked(args, kwargs)
         return torch.stack(list(self._each(args, kwargs)))
+
+    def predict(self, batches: Iterable[Any] | Tensor | NDArray[Any]) -> NDArray[Any]:
+        """Return the members' mean probabilities for all batches of a loader, as one NumPy array, without gradients.
+
+        Arguments:
+            batches: inputs x, or tuples or lists that begin with them, such as a `DataLoader`'s (x, y): what follows
+                is not used. They are moved to the members' device. An array is one batch.
+
+        Raises:
+            DataError: there is no batch, or as for a call.
+        """
+        held = next(chain(self.parameters(), self.buffers()), None)
+        device = torch.device("cpu") if held is None else held.device
+
+        def run(x: Any) -> NDArray[Any]:
+            with torch.no_grad():
+                return to_numpy(self(_moved(x, device)))
+
+        return predict(run, [batches] if isinstance(batches, Tensor | np.ndarray) else batches)
 
     def tune(self, *args: Any, tolerance: float = TOLERANCE, rounds: int = ROUNDS, **kwargs: Any) -> TuningReport:
         """Measure every strategy on a batch, keep the fastest that gives what the loop gives, and return the report.
@@ -185,19 +239,38 @@ class SnapshotEnsemble(nn.Module):
         return total / len(self.models)
 
     def _each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-        for model in self.models:
-            outputs = model(*args, **kwargs)
-            if self._unchecked:
-                _refuse_probabilities(self._picked(outputs))
-                self._unchecked = False
-            yield self._probabilities(outputs)
+        each: Iterator[Tensor] = (pick(model(*args, **kwargs), self._output, torch.is_tensor) for model in self.models)
+        tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined, no-untyped-call]
+        if (self._unchecked or self._undecided) and not tracing:
+            ahead, each = tee(each)
+            self._check(ahead)
+        return map(self._activated, each)
 
-    def _picked(self, outputs: Any) -> Tensor:
-        return outputs if self._output is None else self._output(outputs)
+    def _check(self, each: Iterator[Tensor]) -> None:
+        first = next(each).detach()
+        # Not on the host: inside torch.func a tensor cannot be brought there, but one bool can.
+        if self._unchecked and first.is_floating_point():
+            axis = softmax_axis(first.shape, self._axis, classes_last=False)
+            if are_probabilities(first.float(), axis, half=first.dtype in _HALF):
+                raise DataError(ALREADY_PROBABILITIES)
+        if self._undecided:
+            cure = f"{CURE}; or allow_equal=True"
+            self._undecided = not refuse_equal_members(chain([first], each), self._weights, cure)
+        self._unchecked = self._unchecked and not first.numel()
 
-    def _probabilities(self, outputs: Any) -> Tensor:
-        outputs = self._picked(outputs)
-        return self._activation(outputs.float() if outputs.dtype in _HALF else outputs)
+    def _weights(self) -> list[list[Tensor]]:
+        return [list(chain(model.parameters(), model.buffers())) for model in self.models]
+
+    def _activated(self, outputs: Tensor) -> Tensor:
+        outputs = outputs.float() if outputs.dtype in _HALF else outputs
+        if self._activation == "softmax":
+            return torch.softmax(outputs, softmax_axis(outputs.shape, self._axis, classes_last=False))
+        if self._activation == "sigmoid":
+            return torch.sigmoid(outputs)
+        return self._activation(outputs) if callable(self._activation) else outputs
+
+    def _probabilities(self, returned: Any) -> Tensor:
+        return self._activated(pick(returned, self._output, torch.is_tensor))
 
     def _run_stacked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         found = self._stack(args, kwargs)
@@ -228,32 +301,16 @@ class SnapshotEnsemble(nn.Module):
         self._stacked = None  # the members get other weights
         super()._load_from_state_dict(*args, **kwargs)
 
-
-def _modules(model: nn.Module, files: Iterable[Path]) -> Iterator[nn.Module]:
-    original = unwrapped(model)
-    device = next((tensor.device for tensor in named_tensors(original).values()), torch.device("cpu"))
-    for file in files:
-        tensors = load_file(file, device=str(device))
-        check_module_fit(original, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, str(file))
-        yield _with_weights(original, tensors)
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: the weights once, not stacked too."""
+        return {**self.__dict__, "_stacked": None}
 
 
-def _with_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Copy all of `model` but its weights, and put `tensors` in their place, wherever the model refers to them."""
-    own = model.state_dict(keep_vars=True)
-    new: dict[int, Any] = {}
-    state = {name: new.setdefault(id(tensor), _like(tensor, tensors[plain_name(name)])) for name, tensor in own.items()}
-    member = copy.deepcopy(model, dict(new))
-    member.load_state_dict(state, assign=True)  # for what the module makes up as it is asked for its state
-    return member
-
-
-def _like(tensor: Tensor, loaded: Tensor) -> Tensor:
-    return nn.Parameter(loaded, requires_grad=False) if isinstance(tensor, nn.Parameter) else loaded
-
-
-def _refuse_probabilities(outputs: Tensor) -> None:
-    refuse_one_output(outputs.shape)
-    # Not on the host: inside torch.func a tensor cannot be brought there, but one bool can.
-    if outputs.is_floating_point() and are_probabilities(outputs.detach().float(), half=outputs.dtype in _HALF):
-        raise DataError(ALREADY_PROBABILITIES)
+def _moved(x: Any, device: torch.device) -> Any:
+    if isinstance(x, np.ndarray):
+        return torch.as_tensor(x, device=device)
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, dict):
+        return {name: _moved(each, device) for name, each in x.items()}
+    return type(x)(_moved(each, device) for each in x) if isinstance(x, tuple | list) else x

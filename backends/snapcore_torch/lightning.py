@@ -139,7 +139,7 @@ class SnapshotCallback(Callback):
         at = self._position or Position()
         self._run = SnapshotRun(self.directory, self.program, pl_module, optimizer, at=at, **self._options)
 
-    def on_train_batch_end(self, trainer: "Trainer", *_: Any) -> None:
+    def on_train_batch_end(self, trainer: "Trainer", *_: Any, **__: Any) -> None:
         """Take what is due, and set the next rate; end training with the program."""
         if self._run is None:
             return

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -117,8 +118,21 @@ def to_torch(array: NDArray[Any]) -> Tensor:
 
 
 def check_module_fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Raise `DataError` unless the names and shapes are those of the module's state."""
-    check_fit(shapes, {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}, what)
+    """Raise `DataError` unless the names and shapes are those of the module's state.
+
+    Lazy parameters, and parts with a `_load_from_state_dict` of their own such as observers, take shapes as they come.
+    """
+    wanted = {
+        name: shapes.get(name, ()) if is_lazy(each) else each.shape for name, each in named_tensors(module).items()
+    }
+    for path, part in unwrapped(module).named_modules(remove_duplicate=False):
+        kind = type(part)
+        if not kind.__module__.startswith("torch.nn.") and (
+            kind._load_from_state_dict is not nn.Module._load_from_state_dict
+        ):
+            owned = [plain_name(f"{path}.{name}".removeprefix(".")) for name in (*part._parameters, *part._buffers)]
+            wanted |= {name: shapes[name] for name in owned if name in wanted and name in shapes}
+    check_fit(shapes, {name: tuple(shape) for name, shape in wanted.items()}, what)
 
 
 def load_weights(module: nn.Module, tensors: Tensors, what: str) -> None:

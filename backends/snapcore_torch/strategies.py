@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from snapcore import DataError
+from snapcore.ensemble import reason
 from snapcore_torch.state import unwrapped
 
 STRATEGIES = ("loop", "stacked")
@@ -74,7 +75,7 @@ class Stacked:
             failed = error
         # Where one alone fails too, stacking is not why.
         member({name: stack[0].clone() for name, stack in self._tensors.items()})
-        raise DataError(f"{type(self._base).__name__} cannot be run stacked: {failed}; {_INSTEAD}") from failed
+        raise DataError(f"{type(self._base).__name__} cannot be run stacked: {reason(failed)}; {_INSTEAD}") from failed
 
 
 def _check_alike(models: Sequence[nn.Module], tensors: Sequence[dict[str, Tensor]]) -> None:

@@ -4,14 +4,20 @@ The adapters and the application import from here, never from a file behind this
 """
 
 from snapcore.ensemble.combine import MemberSequence, combine, prefix_curve
-from snapcore.ensemble.members import Directory, check_members, member_files, refuse_like
+from snapcore.ensemble.members import Directory, check_members, member_files, refuse_like, refuse_mapped
 from snapcore.ensemble.outputs import (
     ACTIVATIONS,
     ALREADY_PROBABILITIES,
+    Output,
     are_probabilities,
     check_activation,
+    pick,
+    predict,
+    reason,
+    refuse_equal_members,
     refuse_one_output,
     refuse_probabilities,
+    softmax_axis,
 )
 from snapcore.ensemble.tuning import ROUNDS, TOLERANCE, Trial, TuningReport, check_strategy, deviation, tune
 
@@ -22,6 +28,7 @@ __all__ = [
     "TOLERANCE",
     "Directory",
     "MemberSequence",
+    "Output",
     "Trial",
     "TuningReport",
     "are_probabilities",
@@ -31,9 +38,15 @@ __all__ = [
     "combine",
     "deviation",
     "member_files",
+    "pick",
+    "predict",
     "prefix_curve",
+    "reason",
+    "refuse_equal_members",
     "refuse_like",
+    "refuse_mapped",
     "refuse_one_output",
     "refuse_probabilities",
+    "softmax_axis",
     "tune",
 ]

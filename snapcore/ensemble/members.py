@@ -1,10 +1,10 @@
 """Which files an ensemble is made of: the last finished members of one run, or of several."""
 
 import os
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 
-from snapcore.errors import DataError, StoreError
+from snapcore.errors import CorruptSnapshotError, DataError, StoreError
 from snapcore.store import SnapshotStore
 
 Directory = str | os.PathLike[str]
@@ -30,36 +30,72 @@ def refuse_like(like: object) -> None:
         raise DataError(f"like must be left out: the model has the weights' structure; got {type(like).__name__}")
 
 
+def refuse_mapped(mapped: bool) -> None:
+    """Refuse weights that stay in their files where the framework has to copy them to its devices.
+
+    Raises:
+        DataError: they are asked for.
+    """
+    if mapped:
+        raise DataError("mapped=True is for PyTorch alone: this framework copies weights to its devices; leave it out")
+
+
 def member_files(
-    directories: Directory | Iterable[Directory], *, framework: str, last: int | None = None
+    directories: Directory | Iterable[Directory],
+    *,
+    framework: str | Sequence[str],
+    last: int | None = None,
+    members: Iterable[int] | None = None,
 ) -> list[Path]:
-    """Return the paths of members' files in order, each checked against its digest.
+    """Return the paths of members' files, each checked against its digest; files that are not chosen are not read.
 
     Arguments:
         directories: a run directory, or several.
-        framework: that must have written them.
+        framework: that must have written them; or several, the adapter's own first.
         last: how many members of each run, counted from its end; default all. Unfinished ones are left out.
+        members: instead, the indices of each run's members to take, in this order; an unfinished one is taken too.
 
     Raises:
-        StoreError: a directory holds no run, or fewer than `last` finished members.
+        StoreError: a directory holds no run, no finished member, or not the members asked for.
         CorruptSnapshotError: a file is not what was written.
-        DataError: a member was written by another framework.
+        DataError: a member was written by another framework, or `last` and `members` are both given.
     """
+    own, *others = [framework] if isinstance(framework, str) else framework
+    chosen = None if members is None else list(members)
+    if chosen is not None and last is not None:
+        raise DataError(f"either last or members must be left out, got last={last} and members={chosen}")
+    if chosen is not None and (not chosen or len(set(chosen)) < len(chosen)):
+        raise DataError(f"members must be different indices, at least one, got {chosen}")
     paths = [directories] if isinstance(directories, str | os.PathLike) else list(directories)
     files = []
     for path in map(Path, paths):
         store = SnapshotStore(path)
-        finished = [member for member in store.members if not member.unfinished]
-        for member in finished:
-            if member.framework != framework:
+        wanted = _wanted(store, path, last) if chosen is None else chosen
+        by_index = {member.index: member for member in store.members}
+        for index in wanted:
+            if index not in by_index:
+                raise StoreError(f"members must be among those of {path}, {[*by_index]}; got {index!r}")
+            if (writer := by_index[index].framework) not in (own, *others):
                 raise DataError(
-                    f"member {member.index} of {path} was written by {member.framework}, not by {framework}: load it "
-                    f"with snapcore_{member.framework}, and average the probabilities with snapcore.ensemble.combine"
+                    f"member {index} of {path} was written by {writer}, not by {own}: load it with snapcore_{writer}, "
+                    "and average the probabilities with snapcore.ensemble.combine"
                 )
-        if not finished:
-            raise StoreError(f"{path} holds no finished member: train until the first cycle ends")
-        count = len(finished) if last is None else last
-        if not 1 <= count <= len(finished):
-            raise StoreError(f"last must be in 1..{len(finished)}, the finished members of {path}; got {last}")
-        files += [store.file(member.index) for member in finished[-count:]]
+        for index in wanted:
+            try:
+                files.append(store.file(index))
+            except CorruptSnapshotError as error:
+                rest = [other for other in wanted if other != index]
+                if not rest or by_index[index].file not in str(error):
+                    raise
+                raise CorruptSnapshotError(f"{error} (members={rest} leaves it out)") from error
     return files
+
+
+def _wanted(store: SnapshotStore, path: Path, last: int | None) -> list[int]:
+    finished = [member.index for member in store.members if not member.unfinished]
+    if not finished:
+        raise StoreError(f"{path} holds no finished member: train until the first cycle ends")
+    count = len(finished) if last is None else last
+    if not 1 <= count <= len(finished):
+        raise StoreError(f"last must be in 1..{len(finished)}, the finished members of {path}; got {last}")
+    return finished[-count:]

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 PAIRS = int(os.environ.get("SNAPCORE_BENCH_PAIRS", "21"))
+SECONDS = float(os.environ.get("SNAPCORE_BENCH_SECONDS", "90"))
+"""For one comparison: a busy machine makes fewer pairs, and so wider intervals, and ends all the same."""
 
 
 @dataclass(frozen=True)

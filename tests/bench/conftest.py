@@ -7,7 +7,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from .compare import PAIRS, Contender, Ratios, Row, format_table, interleaved, rows
+from .compare import PAIRS, SECONDS, Contender, Ratios, Row, format_table, interleaved, rows
 
 Compare = Callable[..., Ratios]
 _TABLE = pytest.StashKey[list[Row]]()
@@ -35,9 +35,9 @@ def compare(benchmark: BenchmarkFixture, threads: None, table: list[Row]) -> Com
     def run(
         name: str, ours: Contender, peers: Mapping[str, Contender], *, target: str = "–", pairs: int = PAIRS
     ) -> Ratios:
-        ratios = interleaved(ours, peers, pairs=pairs)
+        ratios = interleaved(ours, peers, pairs=pairs, seconds=SECONDS)
         benchmark.pedantic(ours.run, setup=ours.prepare, rounds=_OWN_ROUNDS, iterations=ours.number)
-        benchmark.extra_info.update(target=target, pairs=pairs, units=ours.units)
+        benchmark.extra_info.update(target=target, pairs=len(ratios.ours), units=ours.units)
         benchmark.extra_info["ratios"] = {peer: ratios.of(peer)._asdict() for peer in peers}
         table.extend(rows(name, ratios, target))
         return ratios

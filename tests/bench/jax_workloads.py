@@ -18,7 +18,7 @@ from snapcore_jax.backend import JaxBackend
 from snapcore_jax.models import MODELS
 from snapcore_jax.strategies import STRATEGIES
 
-from .compare import Contender, interleaved
+from .compare import SECONDS, Contender, interleaved
 
 LR = 0.05
 SHAPE, CLASSES = (1, 8, 8), 10
@@ -164,7 +164,7 @@ def tuned_and_best(
     near = [name for name in STRATEGIES if (report[name].seconds or np.inf) <= limit]
     fixed = {name: SnapshotEnsemble(weights, apply_fn, strategy=name) for name in near}
     first, *others = (predicting(each, x, number) for each in fixed.values())
-    ratios = interleaved(first, dict(zip(near[1:], others, strict=True)), pairs=pairs)
+    ratios = interleaved(first, dict(zip(near[1:], others, strict=True)), pairs=pairs, seconds=SECONDS)
     medians = [np.median(times) for times in (ratios.ours, *ratios.peers.values())]
     best = near[int(np.argmin(medians))]
     return ensemble, best, fixed[best]

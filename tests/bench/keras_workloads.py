@@ -20,7 +20,7 @@ from snapcore.data import TrainingData
 from snapcore_keras import SnapshotCallback, SnapshotSchedule
 from snapcore_keras.models import MODELS
 
-from .compare import Contender
+from .compare import SECONDS, Contender
 
 LR, BATCH, EPOCHS = 0.05, 64, 4
 STEPS = {"mlp": 100, "cnn": 15}
@@ -80,8 +80,11 @@ def timed(directory: Path, pairs: int, model: str) -> dict[str, list[float]]:
     }
     for fit in contenders.values():
         fit()
+    end = time.monotonic() + SECONDS
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(pairs):
+        if turn and time.monotonic() > end:
+            break
         for name in sorted(contenders, reverse=bool(turn % 2)):
             times[name].append(contenders[name]())
     return times

@@ -47,7 +47,7 @@ class OnDemand:
 
 
 def whole(directory: str, model: nn.Module, x: Tensor, members: int) -> None:
-    SnapshotEnsemble.load(directory, model, last=members)(x)
+    SnapshotEnsemble.load(directory, model, last=members, mapped=True)(x)
 
 
 def lazy(directory: str, model: nn.Module, x: Tensor, members: int) -> None:

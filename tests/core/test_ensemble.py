@@ -1,8 +1,10 @@
 """Combining members, against NumPy's own averages and against itself by another route."""
 
+import collections
 import doctest
 import math
 import tracemalloc
+import types
 
 import ml_dtypes
 import numpy as np
@@ -11,8 +13,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapcore import ensemble
-from snapcore.ensemble import are_probabilities, combine, prefix_curve, refuse_probabilities
-from snapcore.errors import DataError
+from snapcore.ensemble import (
+    are_probabilities,
+    check_activation,
+    check_members,
+    check_strategy,
+    combine,
+    pick,
+    predict,
+    prefix_curve,
+    reason,
+    refuse_equal_members,
+    refuse_like,
+    refuse_mapped,
+    refuse_probabilities,
+    softmax_axis,
+)
+from snapcore.errors import DataError, StoreError
 from snapcore.metrics import brier, nll, score
 
 
@@ -350,6 +367,190 @@ def test_every_row_must_be_of_probabilities(number):
     assert are_probabilities(outputs)
     outputs[number] *= 2
     assert not are_probabilities(outputs)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_probabilities_are_recognised_along_any_axis(axis):
+    outputs = np.moveaxis(np.full((2, 5, 3), [0.5, 0.25, 0.25]), -1, axis)
+    with pytest.raises(DataError, match="already are probabilities"):
+        refuse_probabilities(outputs, axis)
+    refuse_probabilities(outputs, axis - 1)
+    with pytest.raises(DataError, match="softmax over one output"):
+        refuse_probabilities(outputs[..., None], 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "classes_last", "found"),
+    [
+        ((8, 3), None, True, -1),
+        ((8, 3), None, False, -1),
+        ((8, 5, 3), None, True, -1),
+        ((8, 3, 5, 5), 1, False, 1),
+        ((8, 5, 3), -1, False, -1),
+        ((3,), 0, True, 0),
+        ((None, 3), None, True, -1),
+    ],
+)
+def test_the_axis_of_softmax_is_the_users_or_the_only_one_it_can_be(shape, axis, classes_last, found):
+    assert softmax_axis(shape, axis, classes_last=classes_last) == found
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "classes_last", "message"),
+    [
+        ((8,), None, True, r"got shape \(8,\): pass activation='sigmoid' .*, or axis=0"),
+        ((), None, False, r"got shape \(\)"),
+        ((8, 3, 5, 5), None, False, r"\(8, 3, 5, 5\) may be its axis 1 or its last: pass axis=1 or axis=-1"),
+        ((8, 5, 3), None, False, "pass axis=1 or axis=-1"),
+        ((8, 3), 2, True, r"axis must be in -2\.\.1 for outputs of shape \(8, 3\), got 2"),
+        ((8, 3), -3, True, "got -3"),
+        ((8, 1), None, True, "softmax over one output"),
+        ((8, 1, 5), 1, False, "softmax over one output"),
+    ],
+)
+def test_an_axis_that_is_not_there_or_not_plain_is_refused(shape, axis, classes_last, message):
+    with pytest.raises(DataError, match=message):
+        softmax_axis(shape, axis, classes_last=classes_last)
+
+
+def is_array(value):
+    return isinstance(value, np.ndarray)
+
+
+ARRAY = np.ones(2)
+Named = collections.namedtuple("Named", ["logits", "hidden"])
+
+
+@pytest.mark.parametrize(
+    ("returned", "output"),
+    [
+        (ARRAY, None),
+        ({"logits": ARRAY}, "logits"),
+        ({0: ARRAY}, 0),
+        ((1, ARRAY), 1),
+        ([ARRAY], -1),
+        (Named(ARRAY, 1), "logits"),
+        (types.SimpleNamespace(logits=ARRAY), "logits"),
+        ((ARRAY, 1), lambda returned: returned[0]),
+    ],
+)
+def test_one_array_is_picked_of_what_a_model_returns(returned, output):
+    assert pick(returned, output, is_array) is ARRAY
+
+
+@pytest.mark.parametrize(
+    ("returned", "output", "message"),
+    [
+        (
+            {"a": ARRAY, "logits": ARRAY},
+            None,
+            r"got dict: pass output='logits', or another of its keys \['a', 'logits'\]",
+        ),
+        ({"a": ARRAY}, None, r"got dict: pass output='a', or another of its keys \['a'\]"),
+        ((ARRAY, 1), None, r"got tuple: pass output=0, or another position in 0\.\.1"),
+        ((), None, "got tuple: pass output=, the name"),
+        ({}, None, "got dict: pass output=, the name"),
+        (None, None, "got NoneType: pass output=, the name of the tensor's attribute or a function that picks it"),
+        ({"a": ARRAY}, "b", r"output='b' must be in what the model returns, which is dict with keys \['a'\]"),
+        ((ARRAY,), 3, "output=3 must be in what the model returns, which is tuple"),
+        (ARRAY, "logits", "output='logits' must be in what the model returns, which is ndarray"),
+        (3, 0, "output=0 must be in what the model returns, which is int"),
+        ({"a": 1}, "a", "output= must pick one tensor of what the model returns, got int"),
+        (
+            (ARRAY, ARRAY),
+            lambda returned: returned,
+            "output= must pick one tensor of what the model returns, got tuple",
+        ),
+    ],
+)
+def test_what_is_no_array_is_refused_with_what_to_pass(returned, output, message):
+    with pytest.raises(DataError, match=message):
+        pick(returned, output, is_array)
+
+
+def different(*arrays):
+    return lambda: [[np.asarray(array)] for array in arrays]
+
+
+OTHER_WEIGHTS = different([1.0, 2.0], [1.0, 3.0])
+
+
+@pytest.mark.parametrize("outputs", [[0.25, 0.5], [[0.0, 1.0, 0.3]], [0.3], [[-0.0, 2.0]]])
+def test_members_of_different_weights_that_give_the_same_are_refused(outputs):
+    with pytest.raises(DataError, match="weights differ, yet their outputs are bit-equal: do this"):
+        refuse_equal_members([np.array(outputs)] * 2, OTHER_WEIGHTS, "do this")
+    assert refuse_equal_members([np.array(outputs)] * 2, different([1.0], [1.0]), "")
+    assert refuse_equal_members([np.array(outputs)], OTHER_WEIGHTS, "")  # alone
+    assert refuse_equal_members([np.array(outputs)] * 2 + [np.array(outputs) * 2], OTHER_WEIGHTS, "")
+    assert refuse_equal_members([np.array(outputs), np.array([outputs])], OTHER_WEIGHTS, "")
+    assert refuse_equal_members([(np.array(outputs) * 9).astype(int)] * 2, OTHER_WEIGHTS, "")  # labels may be equal
+
+
+@pytest.mark.parametrize("outputs", [[], [0.0, 0.0], [[0.0, 1.0], [1.0, 0.0]], [[0.25] * 4] * 2, [0.5]])
+def test_outputs_that_weights_may_have_no_part_in_decide_nothing(outputs):
+    """Zeros through a model without biases, a saturated softmax, an empty batch."""
+    assert not refuse_equal_members([np.array(outputs)] * 3, OTHER_WEIGHTS, "")
+
+
+def test_members_of_other_shapes_or_numbers_of_weights_differ():
+    for weights in (different([1.0], [1.0, 2.0]), lambda: [[np.ones(1)], [np.ones(1), np.ones(1)]]):
+        with pytest.raises(DataError, match="bit-equal"):
+            refuse_equal_members([np.array([0.25, 0.5])] * 2, weights, "")
+
+
+def test_no_more_members_are_run_than_decide():
+    ran = []
+
+    def outputs():
+        for number in range(5):
+            ran.append(number)
+            yield np.array([0.25, 0.5 + min(number, 2)])
+
+    def weights():
+        raise AssertionError("they are compared only where outputs are equal")
+
+    assert refuse_equal_members(outputs(), weights, "")
+    assert ran == [0, 1]
+
+
+def test_batches_are_run_one_by_one_and_joined():
+    ran = []
+
+    def run(x):
+        ran.append(len(x))
+        return x * 2
+
+    batches = [(np.arange(3), "labels"), [np.arange(2)], np.arange(1)]
+    assert predict(run, iter(batches)).tolist() == [0, 2, 4, 0, 2, 0]
+    assert ran == [3, 2, 1]
+    with pytest.raises(DataError, match="at least one batch, got none"):
+        predict(run, [])
+
+
+def test_another_librarys_error_becomes_a_part_of_one_line():
+    assert reason(ValueError("one\n\n  two")) == "one two"
+    assert reason(KeyError()) == "KeyError"
+    long = reason(ValueError("word " * 100))
+    assert len(long) <= 120
+    assert long.endswith(" …")
+
+
+def test_arguments_that_every_adapter_takes_are_refused_in_the_same_words():
+    check_activation("softmax")
+    check_activation(abs)
+    check_strategy("loop", ["loop"])
+    check_members([1])
+    refuse_like(None)
+    refuse_mapped(False)
+    for check, error, message in (
+        (lambda: check_activation("relu"), DataError, r"one of \['identity', 'sigmoid', 'softmax'\] or a callable"),
+        (lambda: check_strategy("fast", ["loop"]), DataError, r"strategy must be one of \['loop'\], got 'fast'"),
+        (lambda: check_members([]), StoreError, "at least one finished member"),
+        (lambda: refuse_like({}), DataError, "like must be left out: .* got dict"),
+        (lambda: refuse_mapped(True), DataError, "mapped=True is for PyTorch alone"),
+    ):
+        with pytest.raises(error, match=message):
+            check()
 
 
 def test_the_examples_in_the_docstrings_hold():

@@ -1,4 +1,4 @@
-"""The four measures, against scikit-learn, torchmetrics and the formulas written a second way."""
+"""The four measures, against scikit-learn and the formulas written a second way."""
 
 import doctest
 import math
@@ -77,17 +77,6 @@ def test_brier_is_the_unhalved_brier_score_of_scikit_learn(data):
 def test_ece_is_its_definition_bin_by_bin(data, bins):
     p, y = data
     assert ece(p, y, bins=bins) == pytest.approx(ece_in_words(p, y, bins), abs=1e-12)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_ece_is_the_l1_calibration_error_of_torchmetrics(seed):
-    import torch
-    from torchmetrics.classification import MulticlassCalibrationError
-
-    rng = np.random.default_rng(seed)
-    p, y = softmax(rng.normal(size=(500, 5)) * 2), rng.integers(5, size=500)
-    oracle = MulticlassCalibrationError(num_classes=5, n_bins=15, norm="l1")
-    assert ece(p, y) == pytest.approx(float(oracle(torch.from_numpy(p), torch.from_numpy(y))), abs=1e-6)
 
 
 def test_a_confidence_on_an_edge_belongs_to_the_bin_below():

@@ -83,7 +83,6 @@ class Mode(IntEnum):
         ({"a": {True: 3}}, "state/a", "dict"),
         ([len], "state/0", "builtin_function_or_method"),
         ({"mode": Mode.TRAIN}, "state/mode", "Mode"),
-        ({"rate": np.float64(0.1)}, "state/rate", "float64"),
     ],
 )
 def test_what_only_pickle_could_save_is_refused_by_its_path(value, path, kind):

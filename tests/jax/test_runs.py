@@ -252,7 +252,7 @@ def test_start_is_called_once_and_first(tmp_path, begin):
             run.start(PARAMS, ())
 
 
-def test_leaving_between_an_update_and_its_step_goes_on_after_the_member_before(tmp_path, caplog):
+def test_leaving_between_an_update_and_its_step_resumes_after_the_member_before(tmp_path, caplog):
     donating = jax.jit(lambda params, state: update(COUNTING["sgd"], params, state, gradients()), donate_argnums=(0, 1))
     params = jax.tree.map(jnp.copy, PARAMS)
     with caplog.at_level(logging.WARNING, "snapcore"), SnapshotRun(tmp_path / "run", CYCLES) as run:

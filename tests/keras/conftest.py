@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-collect_ignore = ["ensemble_on_a_backend.py"]  # scripts, which the search for doctests would import
+collect_ignore = [
+    "ensemble_on_a_backend.py",
+    "ensemble_of_a_loop.py",
+]  # scripts, which the search for doctests would import
 SCRIPT = Path(__file__).with_name("fit_on_a_backend.py")
 BACKENDS = ("tensorflow", "jax", "torch")
 

@@ -179,6 +179,83 @@ def bfloat16_bit_for_bit():
     print("bfloat16")
 
 
+def what_follows_from_weights():
+    """`Normalization` computes it as it is loaded; here by every strategy."""
+    layer = layers.Normalization()
+    model = keras.Sequential([keras.Input((3,)), layer, layers.Dense(4)])
+    given, expected = [], []
+    for data in (x, 3 * x + 7):
+        layer.adapt(data)
+        given.append(model.get_weights())
+        expected.append(ops.convert_to_numpy(ops.softmax(model(x))))
+    before = ops.convert_to_numpy(model(x))
+    fresh = keras.Sequential([keras.Input((3,)), layers.Normalization(), layers.Dense(4)])
+    for architecture, strategy in ((model, "loop"), (model, "stacked"), (fresh, "loop"), (fresh, "stacked")):
+        ensemble = SnapshotEnsemble(given, architecture, strategy=strategy)
+        close(ensemble.members(x), expected)
+        close(ensemble.predict(x), np.mean(expected, 0))
+        if backend == "jax":
+            close(jitted(ensemble)(x), np.mean(expected, 0))
+    ensemble.functional().save(directory / "normalized.keras")
+    close(keras.models.load_model(directory / "normalized.keras")(x), np.mean(expected, 0))
+    np.testing.assert_array_equal(ops.convert_to_numpy(model(x)), before)
+    print("follows")
+
+
+class Elsewhere(Longest):
+    """Runs other weights than those it says it has."""
+
+    live = np.sin(np.arange(12, dtype=np.float32)).reshape(3, 4)
+
+    def call(self, inputs):
+        return ops.matmul(ops.max(inputs, 1), ops.convert_to_tensor(self.live))
+
+
+def refuse_other_weights():
+    model, batch = Elsewhere(), np.ones((3, 2, 3), np.float32)
+    model.out.build((None, 3))
+    model(batch)
+    given = [[array + number for array in model.get_weights()] for number in range(2)]
+    for strategy in ("loop", "stacked"):
+        with pytest.raises(DataError, match="weights differ, yet their outputs are bit-equal"):
+            SnapshotEnsemble(given, model, strategy=strategy)(batch)
+    if backend == "torch":
+        refuse_what_is_of_pytorch()
+    print("elsewhere")
+
+
+def refuse_what_is_of_pytorch():
+    import torch
+
+    from snapcore_torch import SnapshotEnsemble as OfPyTorch
+
+    wrapped = keras.layers.TorchModuleWrapper(torch.nn.Linear(3, 2), output_shape=(None, 2))
+    within = keras.Sequential([keras.Input((3,)), keras.Sequential([keras.Input((3,)), wrapped]), layers.Dense(2)])
+    for model in (keras.Sequential([keras.Input((3,)), wrapped]), within):
+        with pytest.raises(
+            DataError, match="is a TorchModuleWrapper, which runs weights of its own: assign each member"
+        ):
+            SnapshotEnsemble([model.get_weights()], model)
+    with SnapshotStore(directory / "of torch", "w") as store:
+        arrays = {name: np.asarray(value) for name, value in architecture().state_dict().items()}
+        store.save(arrays, index=1, step=1, cycle=0, lr=0.1, framework="torch")
+    for given in (architecture(), architecture, lambda: torch.nn.Sequential(architecture())):
+        with pytest.raises(DataError, match="copies itself under other names: load the run with snapcore_keras"):
+            OfPyTorch.load(directory / "of torch", given)
+
+
+def alone_and_again():
+    import pickle
+
+    ensemble = SnapshotEnsemble.load(directory / "run", architecture(), members=[3, 1])
+    for member, expected in zip(ensemble, wanted[[2, 0]], strict=True):
+        close(member(x), expected)
+        close(member.predict([(x[:4], None), (x[4:], None)]), expected)
+    again = pickle.loads(pickle.dumps(ensemble))
+    close(again(x), wanted[[2, 0]].mean(0))
+    print("again")
+
+
 assert keras.backend.backend() == backend
 by_every_strategy()
 of_any_length()
@@ -186,3 +263,6 @@ errors_are_told_apart()
 refuse_probabilities()
 amid_training()
 bfloat16_bit_for_bit()
+what_follows_from_weights()
+refuse_other_weights()
+alone_and_again()

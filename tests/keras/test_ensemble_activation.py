@@ -72,10 +72,12 @@ LOSSES = {
     "a function": (losses.categorical_crossentropy, "identity"),
     "in a list": ([BCE(from_logits=True)], "sigmoid"),
     "in a dict": ({"out": BCE(from_logits=True)}, "sigmoid"),
-    "one that does not tell": ("mse", "softmax"),
-    "one of your own": (lambda y, p: ops.mean(p), "softmax"),
+    "of values": ("mse", "values"),
+    "of values, a class": (losses.Huber(), "values"),
+    "of values, a function": (losses.mean_absolute_error, "values"),
 }
 BY_HAND = {"softmax": softmax64, "sigmoid": lambda z: 1 / (1 + np.exp(-z)), "identity": lambda p: p}
+BY_HAND["values"] = BY_HAND["identity"]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -91,21 +93,58 @@ def test_the_compiled_loss_tells_what_the_outputs_are(name):
     np.testing.assert_allclose(SnapshotEnsemble(members, model)(X), wanted, atol=1e-6)
 
 
-def test_losses_that_disagree_tell_nothing():
+def first(outputs):
+    return outputs[0]
+
+
+def test_losses_that_disagree_decide_nothing_unless_the_output_is_of_one():
     inputs = keras.Input((3,))
-    heads = [layers.Dense(4, name=name)(inputs) for name in ("a", "b")]
-    model = keras.Model(inputs, heads)
-    model.compile("sgd", [BCE(from_logits=True), CE(from_logits=True)])
-    ensemble = SnapshotEnsemble([model.get_weights()], model, output=lambda outputs: outputs[0])
-    wanted = softmax64(np.asarray(model(X)[0], np.float64))
-    np.testing.assert_allclose(ensemble(X), wanted, atol=1e-6)
+    heads = [layers.Dense(4, name=name)(inputs) for name in ("a", "b", "c")]
+    for outputs, picks in ((heads, (0, 1, 2)), ({"a": heads[0], "b": heads[1], "c": heads[2]}, ("a", "b", "c"))):
+        model = keras.Model(inputs, outputs)
+        given = [BCE(from_logits=True), CE(from_logits=True), "mse"]
+        model.compile("sgd", given if isinstance(outputs, list) else dict(zip("abc", given, strict=True)))
+        with pytest.raises(
+            DataError, match=r"loss does not say .* got BinaryCrossentropy, CategoricalCrossentropy, mse"
+        ):
+            SnapshotEnsemble([model.get_weights()], model, output=first)
+        for pick, activation in zip(picks, ("sigmoid", "softmax", "values"), strict=True):
+            found = SnapshotEnsemble([model.get_weights()], model, output=pick)(X)
+            wanted = BY_HAND[activation](np.asarray(model(X)[pick], np.float64))
+            np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def own_loss(y, p):
+    return ops.mean(p)
+
+
+class OwnLoss(losses.Loss):
+    def call(self, y, p):
+        return ops.mean(p, -1)
+
+
+@pytest.mark.parametrize(("loss", "name"), [(own_loss, "own_loss"), (OwnLoss(), "OwnLoss"), (losses.CTC(), "CTC")])
+def test_a_loss_that_does_not_decide_is_refused_unless_the_last_layer_does(loss, name):
+    model = sequential()
+    model.compile("sgd", loss)
+    given = [varied(model, 0)]
+    with pytest.raises(DataError, match=rf"does not say what the outputs are, got {name}: pass activation='identity'"):
+        SnapshotEnsemble(given, model)
+    found = SnapshotEnsemble(given, model, activation="identity")(X)
+    np.testing.assert_allclose(found, model(X), atol=1e-6)
+    model = sequential(last=layers.Dense(4, activation="softmax"))
+    model.compile("sgd", loss)
+    given = [varied(model, 0)]
+    np.testing.assert_allclose(SnapshotEnsemble(given, model)(X), model(X), atol=1e-6)
 
 
 def test_a_loss_with_its_classes_along_another_axis_is_refused():
     model = sequential()
     model.compile("sgd", CE(from_logits=True, axis=1))
-    with pytest.raises(DataError, match="classes along axis 1"):
+    with pytest.raises(DataError, match="classes along axis 1, not along the last: pass axis=1"):
         SnapshotEnsemble([model.get_weights()], model)
+    found = SnapshotEnsemble([varied(model, 0)], model, axis=1)(X)
+    np.testing.assert_allclose(found, softmax64(np.asarray(model(X), np.float64)), atol=1e-6)
 
 
 def softmax_by_operation():

@@ -257,7 +257,7 @@ def test_a_callable_may_be_the_activation():
 
 def test_softmax_is_over_the_last_axis_whatever_is_before_it():
     logits = torch.randn(2, 7, 5, 4)
-    found = SnapshotEnsemble([nn.Identity()])(logits)
+    found = SnapshotEnsemble([nn.Identity()], axis=-1)(logits)
     np.testing.assert_allclose(found.numpy(), softmax64(logits.double().numpy()), atol=1e-6)
 
 

@@ -134,7 +134,7 @@ def test_a_compiled_model_is_an_architecture_like_any_other(tmp_path, compile_in
     compiled = nn.Linear(3, 4) if compile_in_place else torch.compile(nn.Linear(3, 4), backend="eager")
     if compile_in_place:
         compiled.compile(backend="eager")
-    torch.testing.assert_close(SnapshotEnsemble.load(tmp_path, compiled)(X), model(X).softmax(-1))
+    torch.testing.assert_close(SnapshotEnsemble.load(tmp_path, compiled, axis=-1)(X), model(X).softmax(-1))
 
 
 def mapped_from(address):
@@ -150,7 +150,7 @@ def mapped_from(address):
 def test_on_the_cpu_weights_are_mapped_from_their_files_and_not_copied(tmp_path):
     """Users ask for inference of M members that costs less than M times."""
     write(tmp_path, nn.Linear(3, 4), nn.Linear(3, 4))
-    ensemble = SnapshotEnsemble.load(tmp_path, nn.Linear(3, 4))
+    ensemble = SnapshotEnsemble.load(tmp_path, nn.Linear(3, 4), axis=-1, mapped=True)
     ensemble(X)
     files = [{mapped_from(tensor.data_ptr()) for tensor in member.parameters()} for member in ensemble.models]
     assert files == [{str(tmp_path / f"snapshot-00{index}.safetensors")} for index in (1, 2)]
@@ -235,4 +235,4 @@ def test_a_structure_beside_the_model_that_has_it_is_refused(tmp_path):
     write(tmp_path, model)
     with pytest.raises(DataError, match="like must be left out"):
         SnapshotEnsemble.load(tmp_path, model, like=model.state_dict())
-    assert len(SnapshotEnsemble.load(tmp_path, model, like=None).members(X)) == 1
+    assert len(SnapshotEnsemble.load(tmp_path, model, like=None, axis=-1).members(X)) == 1

@@ -119,8 +119,8 @@ def test_stacked_members_give_what_the_loop_gives(tmp_path, name):
     model = MODULES[name]()
     write(tmp_path, *(varied(model) for _ in range(3)))
     x = X.to(torch.float64) if name == "double" else X
-    loop = SnapshotEnsemble.load(tmp_path, model)
-    stacked = SnapshotEnsemble.load(tmp_path, model, strategy="stacked")
+    loop = SnapshotEnsemble.load(tmp_path, model, axis=-1)
+    stacked = SnapshotEnsemble.load(tmp_path, model, strategy="stacked", axis=-1)
     for found, wanted in ((stacked(x), loop(x)), (stacked.members(x), loop.members(x))):
         assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
         torch.testing.assert_close(found, wanted, rtol=0, atol=0.02 if name == "half" else 1e-6)
@@ -130,7 +130,7 @@ def test_stacked_members_give_what_the_loop_gives(tmp_path, name):
 def test_tied_weights_are_stacked_once_and_reach_every_place(tmp_path):
     """A stack of parameters without their second names gives garbage and no error."""
     write(tmp_path, Tied(), Tied())
-    ensemble = SnapshotEnsemble.load(tmp_path, Tied(), strategy="stacked")
+    ensemble = SnapshotEnsemble.load(tmp_path, Tied(), strategy="stacked", axis=-1)
     ensemble(X)
     tensors = ensemble._stacked._tensors
     assert tensors["back.weight"] is tensors["into.weight"]
@@ -141,7 +141,7 @@ def test_gradients_with_respect_to_the_input_flow_through_every_member():
     gradients = []
     for strategy in ("loop", "stacked"):
         x = X.clone().requires_grad_()
-        SnapshotEnsemble(copy.deepcopy(models), strategy=strategy)(x)[..., 0].sum().backward()
+        SnapshotEnsemble(copy.deepcopy(models), strategy=strategy, axis=-1)(x)[..., 0].sum().backward()
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients)
 
@@ -150,8 +150,8 @@ def test_gradients_with_respect_to_the_input_flow_through_every_member():
 def test_it_runs_without_gradients_too(mode):
     models = [nn.Linear(3, 4) for _ in range(3)]
     with mode():
-        found = SnapshotEnsemble(models, strategy="stacked")(X)
-        torch.testing.assert_close(found, SnapshotEnsemble(models)(X))
+        found = SnapshotEnsemble(models, strategy="stacked", axis=-1)(X)
+        torch.testing.assert_close(found, SnapshotEnsemble(models, axis=-1)(X))
 
 
 def test_output_and_a_callable_activation_see_one_member_at_a_time():
@@ -166,9 +166,9 @@ def test_output_and_a_callable_activation_see_one_member_at_a_time():
 
 
 def test_weights_that_come_later_are_the_ones_that_count():
-    ensemble = SnapshotEnsemble([nn.Linear(3, 4) for _ in range(2)], strategy="stacked")
+    ensemble = SnapshotEnsemble([nn.Linear(3, 4) for _ in range(2)], strategy="stacked", axis=-1)
     ensemble(X)
-    other = SnapshotEnsemble([nn.Linear(3, 4) for _ in range(2)])
+    other = SnapshotEnsemble([nn.Linear(3, 4) for _ in range(2)], axis=-1)
     ensemble.load_state_dict(other.state_dict())
     torch.testing.assert_close(ensemble(X), other(X))
     torch.testing.assert_close(ensemble.double()(X.double()), other(X).double())
@@ -177,7 +177,7 @@ def test_weights_that_come_later_are_the_ones_that_count():
 def test_autocast_is_refused_because_it_would_be_left_out_in_part():
     """Under vmap PyTorch's autocast gives float32 outputs and says nothing."""
     models = [nn.Linear(3, 4) for _ in range(2)]
-    stacked, loop = SnapshotEnsemble(models, strategy="stacked"), SnapshotEnsemble(models)
+    stacked, loop = SnapshotEnsemble(models, strategy="stacked", axis=-1), SnapshotEnsemble(models, axis=-1)
     with torch.autocast("cpu", torch.bfloat16):
         assert loop(X).dtype == torch.float32
         with pytest.raises(DataError, match=r"leave autocast out in part: use strategy='loop'.*model.bfloat16\(\)"):
@@ -187,7 +187,7 @@ def test_autocast_is_refused_because_it_would_be_left_out_in_part():
 
 
 def test_a_recurrent_layer_is_refused_by_its_name():
-    ensemble = SnapshotEnsemble([Recurrent(), Recurrent()], strategy="stacked")
+    ensemble = SnapshotEnsemble([Recurrent(), Recurrent()], strategy="stacked", axis=-1)
     with pytest.raises(DataError, match=r"'encoder' is LSTM, for which torch.vmap has no rule: use strategy='loop'"):
         ensemble(X)
 
@@ -196,25 +196,25 @@ def test_what_one_member_fails_at_too_is_not_laid_to_being_stacked():
     """By PyTorch's own error, which is the same in the loop."""
     for strategy in ("loop", "stacked"):
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as failure:
-            SnapshotEnsemble([nn.Linear(3, 4) for _ in range(2)], strategy=strategy)(torch.ones(2, 5))
+            SnapshotEnsemble([nn.Linear(3, 4) for _ in range(2)], strategy=strategy, axis=-1)(torch.ones(2, 5))
         assert not isinstance(failure.value, DataError)
 
 
 def test_a_model_that_asks_for_a_value_is_refused_with_the_reason():
-    ensemble = SnapshotEnsemble([Branching(3, 4), Branching(3, 4)], strategy="stacked")
+    ensemble = SnapshotEnsemble([Branching(3, 4), Branching(3, 4)], strategy="stacked", axis=-1)
     with pytest.raises(DataError, match=r"Branching cannot be run stacked: .*\.item\(\).*; use strategy='loop'"):
         ensemble(X)
 
 
 def test_weights_that_stacking_does_not_reach_are_found_out_on_the_first_batch():
-    ensemble = SnapshotEnsemble([WithReferences(), WithReferences()], strategy="stacked")
+    ensemble = SnapshotEnsemble([WithReferences(), WithReferences()], strategy="stacked", axis=-1)
     for _ in range(2):
         with pytest.raises(DataError, match=r"give something else than the loop, by .* use strategy='loop'"):
             ensemble(X)
 
 
 def test_members_of_two_classes_are_refused():
-    ensemble = SnapshotEnsemble([nn.Linear(3, 4), nn.Sequential(nn.Linear(3, 4))], strategy="stacked")
+    ensemble = SnapshotEnsemble([nn.Linear(3, 4), nn.Sequential(nn.Linear(3, 4))], strategy="stacked", axis=-1)
     with pytest.raises(DataError, match="of one class, but member 2 is Sequential, the first Linear"):
         ensemble(X)
 
@@ -227,7 +227,7 @@ def test_members_of_two_classes_are_refused():
     ],
 )
 def test_members_with_other_tensors_are_refused_by_name(other, told):
-    ensemble = SnapshotEnsemble([nn.Linear(3, 4), other()], strategy="stacked")
+    ensemble = SnapshotEnsemble([nn.Linear(3, 4), other()], strategy="stacked", axis=-1)
     with pytest.raises(DataError, match=told):
         ensemble(X)
 
@@ -235,12 +235,12 @@ def test_members_with_other_tensors_are_refused_by_name(other, told):
 def test_outputs_that_already_are_probabilities_are_refused_when_stacked_too():
     models = [nn.Sequential(nn.Linear(3, 4), nn.Softmax(-1)) for _ in range(2)]
     with pytest.raises(DataError, match="activation='identity'"):
-        SnapshotEnsemble(models, strategy="stacked")(X)
+        SnapshotEnsemble(models, strategy="stacked", axis=-1)(X)
 
 
 def test_after_the_first_batch_the_loop_is_not_run_any_more():
     models, calls = [nn.Linear(3, 4) for _ in range(3)], []
-    ensemble = SnapshotEnsemble(models, strategy="stacked")
+    ensemble = SnapshotEnsemble(models, strategy="stacked", axis=-1)
     models[2].register_forward_hook(lambda *_: calls.append(1))
     for _ in range(3):
         ensemble(X)
@@ -250,7 +250,7 @@ def test_after_the_first_batch_the_loop_is_not_run_any_more():
 def test_tune_measures_both_and_keeps_the_fastest():
     """Users ask for inference of M members that costs less than M times; no way is the fastest everywhere."""
     models = [nn.Linear(3, 4) for _ in range(3)]
-    ensemble, before = SnapshotEnsemble(models), SnapshotEnsemble(models)(X)
+    ensemble, before = SnapshotEnsemble(models, axis=-1), SnapshotEnsemble(models, axis=-1)(X)
     report = ensemble.tune(X, rounds=3)
     assert list(report) == ["loop", "stacked"]
     assert all(trial.refused is None and trial.seconds > 0 and trial.deviation <= 1e-6 for trial in report.values())
@@ -261,13 +261,13 @@ def test_tune_measures_both_and_keeps_the_fastest():
 @pytest.mark.parametrize("make", [Recurrent, WithReferences, lambda: Branching(3, 4)])
 def test_tune_keeps_the_loop_where_stacking_is_wrong_or_impossible(make):
     models = [make() for _ in range(3)]
-    ensemble = SnapshotEnsemble(models)
+    ensemble = SnapshotEnsemble(models, axis=-1)
     report = ensemble.tune(X, rounds=1)
     assert (ensemble.strategy, report["loop"].refused) == ("loop", None)
     assert report["stacked"].refused
-    torch.testing.assert_close(ensemble(X), SnapshotEnsemble(models)(X))
+    torch.testing.assert_close(ensemble(X), SnapshotEnsemble(models, axis=-1)(X))
 
 
 def test_an_unknown_strategy_is_refused_before_anything_is_loaded(tmp_path):
     with pytest.raises(DataError, match=r"strategy must be one of \['loop', 'stacked'\], got 'guess'"):
-        SnapshotEnsemble.load(tmp_path / "none", nn.Linear(3, 4), strategy="guess")
+        SnapshotEnsemble.load(tmp_path / "none", nn.Linear(3, 4), strategy="guess", axis=-1)
