@@ -191,11 +191,13 @@ def _injected(tree: Any) -> Iterator[Any]:
 
 
 def _own_names(state: Any) -> list[str]:
-    return [name for name in _COUNTS if name in state._fields]
+    names = _COUNTS if _is_optax(state) else _COUNTS[:2]  # a `step` of the loop's own may be anything
+    return [name for name in names if name in state._fields]
 
 
 def _counts_itself(node: Any) -> bool:
-    return _is_optax(node) and not isinstance(node, _NO_COUNT) and bool(_own_names(node))
+    named = isinstance(node, tuple) and hasattr(node, "_fields")
+    return named and not isinstance(node, _NO_COUNT) and bool(_own_names(node))
 
 
 def _has_moments(node: Any) -> bool:

@@ -111,7 +111,7 @@ class _Snapshots(ExitStack):
 
         super().__init__()
         schedule = StepDecay(lr=0.1, steps=SNAPSHOTS, snapshots=SNAPSHOTS)
-        self._directory, self._run = directory, self.enter_context(SnapshotRun(directory, schedule))
+        self._directory, self._run = directory, self.enter_context(SnapshotRun(directory, schedule, rate=schedule))
         self.callback(self.idle)
         self._held = self._run.start(tree, optax.ScaleByScheduleState(jnp.int32(0)))  # all that plain SGD keeps
 

@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,26 @@ def test_under_pmap_the_updates_of_one_device_count(tmp_path):
     assert done.stdout.split("\n")[0] == "2 24 [(4, True), (8, True), (12, True)]", done.stderr
 
 
+class OwnState(NamedTuple):
+    count: jax.Array
+    velocity: dict
+
+
+def own_optimizer():
+    """What a user writes who does not find it in optax."""
+
+    def init(params):
+        return OwnState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+    def update(grads, state, params=None):
+        velocity = jax.tree.map(lambda old, new: 0.9 * old - 0.1 * new, state.velocity, grads)
+        return velocity, OwnState(state.count + 1, velocity)
+
+    return optax.GradientTransformation(init, update)
+
+
 KEEPING_THEIR_OWN = {
+    "a user's": own_optimizer(),
     "prodigy": optax.contrib.prodigy(RATE),
     "schedule-free": optax.contrib.schedule_free(optax.sgd(0.1), 0.1, b1=0.9),
     "adam": optax.adam(0.1),

@@ -159,6 +159,8 @@ def test_another_optimizer_or_model_than_before_is_refused_by_name(tmp_path):
     params, rest = killed_loop.begin(OPTIMIZERS["adam"][0])
     refused = r"the resume point does not fit the model .*'w' \(3, 2\) is not in the model"
     with SnapshotRun(tmp_path / "run", CYCLES) as run, pytest.raises(DataError, match=refused):
+        run.start({"b": params["b"]}, (of_one_alone, key))
+    with SnapshotRun(tmp_path / "run", CYCLES) as run, pytest.raises(ProtocolError, match="do not belong together"):
         run.start({"b": params["b"]}, rest)
     with SnapshotRun(tmp_path / "run", CYCLES) as run, pytest.raises(DataError, match="the resume point"):
         run.start(params)
