@@ -58,8 +58,8 @@ arguments = TrainingArguments(
 callback = SnapshotCallback(directory / "members", cycles, resume=False)  # snapcore 2: the rates, and the snapshots
 trainer = Trainer(model, arguments, train_dataset=train, callbacks=[callback])
 trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints))
-# snapcore 3: the first member, taken early in training, is left out
-ensemble = SnapshotEnsemble.load(directory / "members", model, last=3, output=lambda o: o.logits)
+# snapcore 3: the first member is young, and left out
+ensemble = SnapshotEnsemble.load(directory / "members", model, last=3, output="logits")
 
 with torch.inference_mode():
     members, together = ensemble.members(x_test), ensemble(x_test)

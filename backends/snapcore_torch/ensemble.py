@@ -31,7 +31,7 @@ from snapcore.ensemble import (
     tune,
 )
 from snapcore_torch.members import CURE, Build, load_members
-from snapcore_torch.state import to_numpy
+from snapcore_torch.state import to_numpy, to_torch
 from snapcore_torch.strategies import STRATEGIES, Stacked
 
 Activation = Callable[[Tensor], Tensor]
@@ -308,7 +308,7 @@ class SnapshotEnsemble(nn.Module):
 
 def _moved(x: Any, device: torch.device) -> Any:
     if isinstance(x, np.ndarray):
-        return torch.as_tensor(x, device=device)
+        return to_torch(x).to(device)
     if isinstance(x, Tensor):
         return x.to(device)
     if isinstance(x, dict):
