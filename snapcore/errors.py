@@ -1,12 +1,26 @@
 """Everything that snapcore raises on purpose, as one tree under `SnapcoreError`.
 
 Each class also inherits the built-in exception that a caller would reach for, so `except ValueError` around a schedule
-and `except OSError` around a store keep working. A message says what was required, what came, and what to do.
+and `except OSError` around a store keep working. A message says what was required, what came, and what to do, in one
+line: names that come from a disk may hold line breaks and terminal codes, and are escaped.
 """
+
+
+def printable(text: object) -> str:
+    r"""Return `text` in one line of visible characters: all others are escaped, as in a Python string.
+
+    Example:
+        >>> printable("red\x1b[31m\nline 2")
+        'red\\x1b[31m\\nline 2'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 class SnapcoreError(Exception):
     """Base class of all errors of snapcore."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ScheduleError(SnapcoreError, ValueError):
