@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from snapcore.errors import DataError
+from snapcore.errors import CorruptSnapshotError, DataError
 
 _SCALARS = (str, bool, int, float, type(None))
 
@@ -54,16 +54,28 @@ def _pack(value: Any, name: str, is_tensor: Callable[[Any], bool], tensors: dict
 
 
 def unpack(packed: Any, tensors: Mapping[str, Any]) -> Any:
-    """Return what was given to `pack`, with `tensors` in place of those that had their names."""
+    """Return what was given to `pack`, with `tensors` in place of those that had their names.
+
+    Raises:
+        CorruptSnapshotError: `packed` does not come from `pack`, or names a tensor that is not there.
+    """
+    try:
+        return _unpack(packed, tensors)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CorruptSnapshotError(f"packed values are not as they were written: {error}; restore the file") from error
+
+
+def _unpack(packed: Any, tensors: Mapping[str, Any]) -> Any:
     if not isinstance(packed, dict):
         return packed
     ((kind, content),) = packed.items()
     if kind == "tensor":
         return tensors[content]
     if kind == "dict":
-        return {key: unpack(item, tensors) for key, item in content}
-    if kind == "list":
-        return [unpack(item, tensors) for item in content]
-    if kind == "tuple":
-        return tuple(unpack(item, tensors) for item in content)
-    return bytes.fromhex(content) if kind == "bytes" else float(content)
+        return {key: _unpack(item, tensors) for key, item in content}
+    if kind in ("list", "tuple"):
+        items = [_unpack(item, tensors) for item in content]
+        return items if kind == "list" else tuple(items)
+    if kind in ("bytes", "float"):
+        return bytes.fromhex(content) if kind == "bytes" else float(content)
+    raise ValueError(f"{kind!r} is no kind of value")

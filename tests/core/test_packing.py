@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from snapcore import DataError
+from snapcore import CorruptSnapshotError, DataError
 from snapcore.store import pack, unpack
 
 
@@ -89,3 +89,36 @@ class Mode(IntEnum):
 def test_what_only_pickle_could_save_is_refused_by_its_path(value, path, kind):
     with pytest.raises(DataError, match=f"{path} is a {kind}, which cannot be saved without pickle"):
         pack(value, "state", is_tensor)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"tensor": "elsewhere"},
+        {"tensor": ["a"]},
+        {"tensor": "a", "list": []},
+        {},
+        {"dict": 3},
+        {"dict": [["a"]]},
+        {"dict": [[["a"], 1]]},
+        {"list": None},
+        {"tuple": 1.5},
+        {"bytes": "zz"},
+        {"bytes": 3},
+        {"float": "fast"},
+        {"float": []},
+        {"code": "print()"},
+        {"list": [{"tuple": [{"float": None}]}]},
+    ],
+)
+def test_packed_values_that_pack_did_not_write_are_refused(forged):
+    with pytest.raises(CorruptSnapshotError, match="packed values are not as they were written"):
+        unpack(forged, {"a": np.ones(1)})
+
+
+def test_values_nested_without_end_are_refused_and_do_not_end_the_process():
+    forged = 1
+    for _ in range(10_000):
+        forged = {"list": [forged]}
+    with pytest.raises(CorruptSnapshotError, match="packed values are not as they were written"):
+        unpack(forged, {})
