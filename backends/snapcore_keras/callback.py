@@ -16,7 +16,7 @@ import keras
 from snapcore import Program, ProtocolError, Schedule
 from snapcore.protocol import Restart, as_program
 from snapcore.run import Position, require_fresh
-from snapcore.store import MANIFEST, ResumePoint, SnapshotStore, clear_point, read_point
+from snapcore.store import MANIFEST, ResumePoint, SnapshotStore, read_point
 from snapcore_keras.run import FreshWeights, KerasRun
 from snapcore_keras.schedule import (
     accumulation,
@@ -294,7 +294,7 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
             indexes = [member.index for member in store.members]
             if point is not None and point.member is not None and point.member.index not in indexes:
                 store.add(point.member)  # killed between the two
-            clear_point(self.directory)
+            store.clear_point()
             members = tuple(member.sha256 for member in store.members if member.step <= step)
         return Position(min(step, self.program.updates), members)
 

@@ -27,6 +27,7 @@ from snapcore.ensemble import (
     refuse_one_output,
     tune,
 )
+from snapcore.store import tied_names
 from snapcore_torch.state import check_module_fit, named_tensors, plain_name, to_numpy, unwrapped
 from snapcore_torch.strategies import STRATEGIES, Stacked
 
@@ -234,6 +235,7 @@ def _modules(model: nn.Module, files: Iterable[Path]) -> Iterator[nn.Module]:
     device = next((tensor.device for tensor in named_tensors(original).values()), torch.device("cpu"))
     for file in files:
         tensors = load_file(file, device=str(device))
+        tensors |= {name: tensors[stored] for name, stored in tied_names(file).items()}
         check_module_fit(original, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, str(file))
         yield _with_weights(original, tensors)
 

@@ -15,7 +15,7 @@ from snapcore.lab.predictions import probabilities
 from snapcore.metrics import score
 from snapcore.protocol import Snapshot
 from snapcore.run import execute
-from snapcore.store import MANIFEST, SnapshotStore, clear_point, move_aside
+from snapcore.store import MANIFEST, SnapshotStore, move_aside
 
 PLOT = "training.png"
 
@@ -117,8 +117,8 @@ def _open(job: Job, directory: Path, resume: bool) -> bool:
         )
     if not _is_trained(directory):
         return False
-    with SnapshotStore(directory, "w"):  # which sweeps up after a process that was killed
-        clear_point(directory)
+    with SnapshotStore(directory, "w") as store:  # which sweeps up after a process that was killed
+        store.clear_point()
     return True
 
 

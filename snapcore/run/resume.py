@@ -11,7 +11,6 @@ from snapcore.store import (
     ResumePoint,
     SnapshotStore,
     Tensors,
-    clear_point,
     move_aside,
     read_point,
 )
@@ -50,7 +49,7 @@ def open_run(
                 )
             store.describe(program=program.to_dict())
         if store.stopped is not None and not resumed_elsewhere:
-            clear_point(directory)  # a kill may have come between the manifest and this
+            store.clear_point()  # a kill may have come between the manifest and this
             held = f"a run that is {store.stopped} ({len(store.members)} members)"
             raise StoreError(f"{directory} holds {held}: load it with SnapshotEnsemble.load, {_INSTEAD}")
         if store.program != program.to_dict():

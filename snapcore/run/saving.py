@@ -35,9 +35,7 @@ from snapcore.store import (
     SnapshotStore,
     Tensors,
     check_finite,
-    clear_point,
     new_member,
-    write_point,
 )
 
 WEIGHTS = "weights/"
@@ -115,10 +113,10 @@ class Saving:
             if state is not None:
                 # The weights are in the member's file already: the point holds the rest, and refers to it.
                 rest = {name: array for name, array in tensors.items() if not name.startswith(WEIGHTS)}
-                write_point(self._directory, ResumePoint(rest, state, member))
+                self.store.write_point(ResumePoint(rest, state, member))
             self.store.add(member, stopped=None if stop is None else stop.reason)
             if stop is not None:
-                clear_point(self._directory)
+                self.store.clear_point()
 
         self._submit(write)
 
@@ -128,7 +126,7 @@ class Saving:
         def write() -> None:
             tensors = resolved(copy)
             check_finite(_weights(tensors), f"the resume point at update {state['place']['step']}")
-            write_point(self._directory, ResumePoint(tensors, state))
+            self.store.write_point(ResumePoint(tensors, state))
 
         self._submit(write)
 
@@ -137,7 +135,7 @@ class Saving:
 
         def write() -> None:
             self.store.describe(stopped=stop.reason)
-            clear_point(self._directory)
+            self.store.clear_point()
 
         self._submit(write)
 

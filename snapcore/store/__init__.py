@@ -3,12 +3,16 @@
 The other packages and the adapters import from here, never from the modules inside.
 """
 
+from snapcore.store.aside import move_aside
 from snapcore.store.atomic import atomic_write
-from snapcore.store.directory import SnapshotStore, move_aside
+from snapcore.store.directory import SnapshotStore
+from snapcore.store.files import local_path, read_regular
 from snapcore.store.manifest import MANIFEST, Member, new_member
 from snapcore.store.packing import pack, unpack
-from snapcore.store.resume_point import ResumePoint, clear_point, read_point, write_point
-from snapcore.store.tensors import Tensors, check_finite, check_fit, map_tensors
+from snapcore.store.resume_point import ResumePoint, read_point
+from snapcore.store.sealed import seal, unseal
+from snapcore.store.tensor_file import map_tensors, tied_names
+from snapcore.store.tensors import Tensors, check_finite, check_fit, non_finite
 
 __all__ = [
     "MANIFEST",
@@ -19,12 +23,16 @@ __all__ = [
     "atomic_write",
     "check_finite",
     "check_fit",
-    "clear_point",
+    "local_path",
     "map_tensors",
     "move_aside",
     "new_member",
+    "non_finite",
     "pack",
     "read_point",
+    "read_regular",
+    "seal",
+    "tied_names",
     "unpack",
-    "write_point",
+    "unseal",
 ]

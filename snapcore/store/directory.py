@@ -6,38 +6,41 @@ names is overwritten.
 """
 
 import copy
+import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import msgspec
-from filelock import BaseFileLock, FileLock, Timeout
 from numpy.typing import ArrayLike
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from snapcore.errors import CorruptSnapshotError, StoreError
-from snapcore.store import atomic
+from snapcore.store import resume_point
+from snapcore.store.atomic import run_file, sweep
+from snapcore.store.files import local_path, refuse_link
+from snapcore.store.lock import DirectoryLock
 from snapcore.store.manifest import (
     MANIFEST,
     Manifest,
     Member,
     describes,
     entry,
-    file_name,
     format_manifest,
-    is_sealed,
+    has_index,
     new_member,
-    plain,
     read_manifest,
-    sealed,
 )
-from snapcore.store.tensors import Array, map_tensors, read_metadata, row_major
+from snapcore.store.resume_point import ResumePoint
+from snapcore.store.sealed import to_plain
+from snapcore.store.tensor_file import TensorFile, host_arrays, open_tensors, refuse_foreign, write_tensors
+from snapcore.store.tensors import Array
 
 _KEY = "snapcore"
+_MEMBER_FILE = re.compile(r"snapshot-\d{3,}\.safetensors")
 
 
 class SnapshotStore:
@@ -45,12 +48,12 @@ class SnapshotStore:
 
     Arguments:
         path: the directory.
-        mode: `"r"` reads, creates nothing and takes no lock. `"w"` creates the directory or continues what is there,
-            and holds the directory's lock until `close`.
+        mode: `"r"` reads, creates nothing and takes no lock; the files may be links, as in the caches of model hubs.
+            `"w"` creates the directory or continues what is there, and holds the directory's lock until `close`.
 
     Raises:
-        StoreError: mode `"r"` and there is no run; mode `"w"` and another writer holds the lock or the directory is not
-            writable; or another version of snapcore wrote it.
+        StoreError: mode `"r"` and there is no run; mode `"w"` and another writer holds the lock, the directory is not
+            writable, or one of its files is a link; or another version of snapcore wrote it.
         CorruptSnapshotError: the manifest is damaged, or missing although there are members' files.
 
     Example:
@@ -61,20 +64,22 @@ class SnapshotStore:
         ('snapshot-001.safetensors', np.float64(3.0))
     """
 
-    def __init__(self, path: str | Path, mode: Literal["r", "w"] = "r") -> None:
+    def __init__(self, path: str | os.PathLike[str], mode: Literal["r", "w"] = "r") -> None:
         if mode not in ("r", "w"):
             raise StoreError(f"mode must be 'r' or 'w', got {mode!r}")
-        self._path = Path(path).absolute()
+        self._path = local_path(path)
         # One process writes, but two of its threads do: the writer's adds members while the loop's describes the run.
         self._turn = threading.Lock()
-        self._lock: BaseFileLock | None = None
-        with ExitStack() as on_failure:
-            if mode == "w":
-                self._lock = _create_and_lock(self._path)
-                on_failure.callback(self._lock.release)
-                self._prepare()
-            self._manifest = read_manifest(self._path)
-            on_failure.pop_all()
+        self._lock: DirectoryLock | None = None
+        if mode == "r":
+            self._manifest = read_manifest(self._path, follow=True)
+            return
+        self._lock = DirectoryLock(self._path)
+        try:
+            self._prepare(self._lock)
+        except BaseException:
+            self._lock.release()
+            raise
 
     @property
     def path(self) -> Path:
@@ -109,11 +114,11 @@ class SnapshotStore:
         """
         changes: dict[str, Any] = {}
         if program is not None:
-            changes["program"] = plain(program)
+            changes["program"] = to_plain(program, "program")
         if stopped is not None:
             changes["stopped"] = stopped
-        with self._writing():
-            self._write(msgspec.structs.replace(self._manifest, **changes))
+        with self._writing() as lock:
+            self._write(msgspec.structs.replace(self._manifest, **changes), lock)
 
     def save(
         self,
@@ -160,29 +165,27 @@ class SnapshotStore:
 
         Arguments:
             tensors: the weights by name. Arrays of any shape and layout, of a type that safetensors and NumPy both
-                have (bfloat16 is `ml_dtypes.bfloat16`). They must not change meanwhile.
+                have (bfloat16 is `ml_dtypes.bfloat16`). They must not change meanwhile. Those that share memory, such
+                as tied weights, are written once, under the first of their names.
             member: from `new_member`.
 
         Returns:
             The member with its file's SHA-256.
 
         Raises:
-            StoreError: the store is closed or only reads, the index exists, a tensor cannot be stored, or the disk
-                refuses; the members before are unchanged.
+            StoreError: the store is closed or only reads, the index exists, a tensor cannot be stored, there is another
+                file of that name, or the disk refuses; the members before are unchanged.
         """
-        if member.file != file_name(member.index):
-            raise StoreError(f"a new member's file is {file_name(member.index)}, got {member.file!r}; use new_member")
-        arrays = row_major(tensors)
+        if not tensors:
+            raise StoreError("a snapshot needs at least one tensor, got none; pass the model's named arrays")
+        arrays = host_arrays(tensors)
         path = self._path / member.file
-        with self._writing():
+        with self._writing() as lock:
             self._check_is_new(member)
-            try:
-                with atomic.atomic_write(path) as temporary:
-                    save_file(arrays, temporary, metadata={_KEY: entry(member)})
-                    # Taken before the rename, of what this process has written: whatever alters the file later differs.
-                    sha256 = atomic.digest(temporary)
-            except (OSError, SafetensorError) as error:
-                raise _refused(path, sum(array.nbytes for array in arrays.values()), error) from error
+            # A run that was killed before its manifest named the member has left this file, and writes it again.
+            refuse_foreign(path, lambda metadata: has_index(metadata.get(_KEY, ""), member.index))
+            with run_file(path, sum(array.nbytes for array in arrays.values()), check=lock.check) as temporary:
+                sha256 = write_tensors(temporary, arrays, {_KEY: entry(member)})
         return msgspec.structs.replace(member, sha256=sha256)
 
     def add(self, member: Member, *, stopped: str | None = None) -> None:
@@ -195,10 +198,10 @@ class SnapshotStore:
         Raises:
             StoreError: the store is closed or only reads, the index exists, or the manifest cannot be written.
         """
-        with self._writing():
+        with self._writing() as lock:
             self._check_is_new(member)
             manifest = self._manifest.with_member(member)
-            self._write(manifest if stopped is None else msgspec.structs.replace(manifest, stopped=stopped))
+            self._write(manifest if stopped is None else msgspec.structs.replace(manifest, stopped=stopped), lock)
 
     def truncate(self, count: int) -> None:
         """Keep the first `count` members and delete the others; the run counts as unfinished again.
@@ -206,46 +209,59 @@ class SnapshotStore:
         Raises:
             StoreError: the store is closed or only reads, or the disk refuses.
         """
-        with self._writing():
+        with self._writing() as lock:
             kept, forgotten = self.members[:count], self.members[count:]
             # The manifest first: killed in between, files that nothing names are left, not names without files.
-            self._write(msgspec.structs.replace(self._manifest, members=kept, stopped=None))
-            try:
-                for member in forgotten:
+            self._write(msgspec.structs.replace(self._manifest, members=kept, stopped=None), lock)
+            for member in forgotten:
+                lock.check()
+                try:
                     (self._path / member.file).unlink(missing_ok=True)
-            except OSError as error:
-                raise StoreError(f"{self._path}: a forgotten member cannot be deleted: {error}") from error
+                except OSError as error:
+                    raise StoreError(f"{self._path}: a forgotten member cannot be deleted: {error}") from error
+
+    def write_point(self, point: ResumePoint) -> None:
+        """Replace the resume point; the old one stays until the new one is on disk.
+
+        Raises:
+            StoreError: the store is closed or only reads, the point cannot be written, or its state is not what
+                `ResumePoint` says; the old one is unchanged.
+        """
+        with self._writing() as lock:
+            resume_point.write_point(self._path, point, check=lock.check)
+
+    def read_point(self) -> ResumePoint | None:
+        """Return the resume point after checking it, or None if there is none.
+
+        Raises:
+            StoreError: it cannot be read, or another version of snapcore wrote it.
+            CorruptSnapshotError: it is damaged.
+        """
+        return resume_point.read_point(self._path)
+
+    def clear_point(self) -> None:
+        """Delete the resume point, which a finished run no longer needs.
+
+        Raises:
+            StoreError: the store is closed or only reads, or it cannot be deleted.
+        """
+        with self._writing():
+            resume_point.clear_point(self._path)
 
     def file(self, index: int, *, verify: bool = True) -> Path:
         """Return the path of a member's file after checking it.
 
         Arguments:
             index: the member's number.
-            verify: whether to compare its SHA-256, which reads the whole file.
+            verify: whether to compare its SHA-256, which reads the whole file. That of a link is always compared.
 
         Raises:
             StoreError: there is no such member, or its file cannot be read.
-            CorruptSnapshotError: the file is missing, a link out of the directory, not a whole safetensors file,
-                another member's, or (with `verify`) altered.
+            CorruptSnapshotError: the file is missing, not a whole safetensors file, another member's, or altered.
         """
-        member = next((member for member in self.members if member.index == index), None)
-        if member is None:
-            indexes = [member.index for member in self.members]
-            raise StoreError(f"{self._path} has no member {index!r}; there are {indexes}")
-        path = self._path / member.file
-        fault = ""
-        with _reading(path):  # the cheapest check first
-            if not path.is_file():
-                fault = "is missing"
-            elif path.resolve().parent != self._path.resolve():
-                fault = "is a link out of the run's directory"
-            elif not describes(read_metadata(path).get(_KEY, ""), member):
-                fault = "does not say of itself what the manifest says: one was altered, or files were swapped"
-            elif verify and atomic.digest(path) != member.sha256:
-                fault = "does not have the SHA-256 that was recorded"
-        if fault:
-            raise CorruptSnapshotError(f"{path} {fault}; restore the file, or leave member {index} out")
-        self._check_manifest()
+        with self._open(index) as (path, member, opened):
+            if verify or path.is_symlink():
+                _compare(path, member, opened.sha256())
         return path
 
     def load(self, index: int, *, verify: bool = True) -> dict[str, Array]:
@@ -262,10 +278,14 @@ class SnapshotStore:
         Raises:
             StoreError, CorruptSnapshotError: see `file`.
         """
-        path = self.file(index, verify=verify)
-        with _reading(path):
-            tensors = map_tensors(path)
-        return {name: tensor.copy() for name, tensor in tensors.items()} if verify else tensors
+        with self._open(index) as (path, member, opened):
+            if verify:
+                tensors, sha256 = opened.read()
+                _compare(path, member, sha256)
+                return tensors
+            if path.is_symlink():
+                _compare(path, member, opened.sha256())
+            return opened.map()
 
     def verify(self) -> None:
         """Check every member's file against the manifest.
@@ -275,14 +295,12 @@ class SnapshotStore:
         """
         for member in self.members:
             self.file(member.index)
-        self._check_manifest()
 
     def close(self) -> None:
         """Free the lock. Members can still be read, but nothing can be written; closing twice is allowed."""
-        with self._turn:
-            if self._lock is not None:
+        if self._lock is not None and self._lock.is_ours:
+            with self._turn:  # not in the middle of another thread's write
                 self._lock.release()
-                self._lock = None
 
     def __enter__(self) -> Self:
         return self
@@ -293,105 +311,66 @@ class SnapshotStore:
         self.close()
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Let one thread write, if the lock is held."""
+    def _writing(self) -> Iterator[DirectoryLock]:
+        """Let one thread write, if the directory is held and still where it was."""
+        if self._lock is None:
+            raise StoreError(f"{self._path} is open to read; open it with mode='w' to write")
+        self._lock.check_process()  # before the turn, which a fork may have copied while another thread had it
         with self._turn:
-            if self._lock is None:
-                raise StoreError(f"{self._path} is closed or open to read; open it with mode='w' to write")
-            yield
+            self._lock.check()
+            yield self._lock
 
-    def _prepare(self) -> None:
-        """Delete what killed writers left, and start the manifest if there is none."""
+    def _prepare(self, lock: DirectoryLock) -> None:
+        """Delete what killed writers left, and read the manifest, or start it if there is none."""
+        folder = self._path / resume_point.FOLDER
+        for path in (self._path / MANIFEST, folder, folder / resume_point.FILE):
+            refuse_link(path)
         try:
-            atomic.sweep(self._path)
+            sweep(self._path)
+            sweep(folder)
             started = (self._path / MANIFEST).exists()
-            orphans = [path.name for path in self._path.glob("snapshot-*.safetensors")]
+            members = [path.name for path in self._path.iterdir() if _MEMBER_FILE.fullmatch(path.name)]
         except OSError as error:
             raise StoreError(f"{self._path} cannot be written: {error}") from error
         if started:
-            return
-        if orphans:  # a new manifest would number its members from 1, and overwrite these
-            raise CorruptSnapshotError(f"{self._path / MANIFEST} is missing beside {min(orphans)}; restore it")
-        self._write(Manifest())
+            self._manifest = read_manifest(self._path)
+            for member in self.members:
+                refuse_link(self._path / member.file)
+        elif members:  # a new manifest would number its members from 1, and overwrite these
+            raise CorruptSnapshotError(f"{self._path / MANIFEST} is missing beside {min(members)}; restore it")
+        else:
+            self._write(Manifest(), lock)
 
-    def _write(self, manifest: Manifest) -> None:
-        path = self._path / MANIFEST
-        data = format_manifest(manifest)
+    def _write(self, manifest: Manifest, lock: DirectoryLock) -> None:
+        path, data = self._path / MANIFEST, format_manifest(manifest)
+        with run_file(path, len(data), check=lock.check) as temporary:
+            temporary.write_bytes(data)
+        self._manifest = manifest
+
+    @contextmanager
+    def _open(self, index: int) -> Iterator[tuple[Path, Member, TensorFile]]:
+        """Find and open a member's file, check its header, and name the file in whatever goes wrong."""
+        member = next((member for member in self.members if member.index == index), None)
+        if member is None:
+            indexes = [member.index for member in self.members]
+            raise StoreError(f"{self._path} has no member {index!r}; there are {indexes}")
+        path = self._path / member.file
         try:
-            with atomic.atomic_write(path) as temporary:
-                temporary.write_bytes(data)
-        except OSError as error:
-            raise _refused(path, len(data), error) from error
-        self._manifest = sealed(manifest)
-
-    def _check_manifest(self) -> None:
-        if not is_sealed(self._manifest):
-            raise CorruptSnapshotError(
-                f"{self._path / MANIFEST} does not have the SHA-256 that was recorded in it: it was altered; restore it"
-            )
+            # Where a run is written links are refused; where it is only read, its SHA-256 says what a link leads to.
+            with open_tensors(path, follow=self._lock is None) as opened:
+                if not describes(opened.metadata.get(_KEY, ""), member):
+                    raise ValueError("it does not describe itself as the manifest does; one was altered or swapped")
+                yield path, member, opened
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CorruptSnapshotError(f"{path} is missing; restore it, or leave member {index} out") from error
 
     def _check_is_new(self, member: Member) -> None:
         if any(member.index == other.index for other in self.members):
             raise StoreError(f"{self._path} has member {member.index}; nothing is overwritten: use another index")
 
 
-def move_aside(path: str | Path) -> Path:
-    """Rename a run directory to the first free of `<name>.1`, `<name>.2`, … and return the new path.
-
-    Raises:
-        StoreError: it holds no run, a writer holds its lock, or it cannot be renamed.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as directory:
-        ...     SnapshotStore(f"{directory}/run", "w").close()
-        ...     move_aside(f"{directory}/run").name
-        'run.1'
-    """
-    source = Path(path).absolute()
-    if not (source / MANIFEST).exists():
-        raise StoreError(f"{source} holds no run: there is no {MANIFEST}; move it yourself if you mean it")
-    lock = _create_and_lock(source)
-    try:
-        if not atomic.POSIX:  # Windows renames no directory in which a file is open
-            lock.release()
-        number = 1
-        while (target := source.with_name(f"{source.name}.{number}")).exists():
-            number += 1
-        return source.rename(target)
-    except OSError as error:
-        raise StoreError(f"{source} cannot be renamed to {target.name}: {error}") from error
-    finally:
-        lock.release()
-
-
-def _create_and_lock(directory: Path) -> BaseFileLock:
-    # The system's own lock, not the existence of a file: it is free as soon as its process is dead, however it died.
-    # Opened in one thread, it may be freed in another: the writer's thread outlives the loop.
-    lock = FileLock(directory / ".lock", timeout=0, thread_local=False)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise StoreError(f"{directory} is being written by another run; wait for it, or choose another") from error
-    except OSError as error:
-        raise StoreError(f"{directory} cannot be written: {error}; choose another directory") from error
-    return lock
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn what reading a member's file may raise into an error that names the file."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise CorruptSnapshotError(f"{path} is not a whole safetensors file: {error}; restore it") from error
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error}; check the disk and the file's mode") from error
-
-
-def _refused(path: Path, size: int, error: Exception) -> StoreError:
-    return StoreError(
-        f"{path} could not be written, which needs {size} bytes: {error}; make room or choose another disk, "
-        "the members before are unchanged"
-    )
+def _compare(path: Path, member: Member, sha256: str) -> None:
+    if sha256 != member.sha256:
+        raise CorruptSnapshotError(
+            f"{path} does not have the SHA-256 that was recorded; restore the file, or leave member {member.index} out"
+        )

@@ -4,27 +4,33 @@ It is checked before it is used. A reader gets the members that were written or 
 is guessed, ignored or filled in, and no file name leads out of the directory.
 """
 
-import hashlib
-import json
 import math
 import operator
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
 from snapcore.errors import CorruptSnapshotError, StoreError
+from snapcore.store.files import read_regular
+from snapcore.store.sealed import REFUSALS, seal, unseal
 
 MANIFEST = "snapcore.json"
 FORMAT = 1
+_LONGEST = 16 * 2**20
+"""Bytes that a manifest may have: enough for some 40,000 members."""
 
-# What converting JSON, text and numbers raises; msgspec's errors are ValueErrors.
-_REFUSALS = (TypeError, ValueError, OverflowError, RecursionError)
-
-_Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-_Index = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+# Bounds that no training reaches, so that a forged number can be used as a count or a length.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+MemberCount = Annotated[int, msgspec.Meta(ge=0, le=10**6)]
+_Index = Annotated[int, msgspec.Meta(ge=1, le=10**6)]
 _Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+
+
+def file_name(index: int) -> str:
+    """Return the name of a member's file."""
+    return f"snapshot-{index:03d}.safetensors"
 
 
 class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,7 +49,7 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         metrics: finite numbers recorded with it, by name, or None.
 
     Raises:
-        ValueError: `file` is not a plain file name, or `lr` or a metric is not finite.
+        ValueError: `file` is not the name of that member's file, or `lr` or a metric is not finite.
 
     Example:
         >>> Member(1, "snapshot-001.safetensors", "0" * 64, step=12, due=12, cycle=0, lr=0.01, framework="torch").step
@@ -53,31 +59,21 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     index: _Index
     file: str
     sha256: _Digest
-    step: _Count
-    due: _Count
-    cycle: _Count
+    step: Count
+    due: Count
+    cycle: Count
     lr: float
     framework: str
     unfinished: bool = False
     metrics: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
-        if not _is_plain_name(self.file):
-            raise ValueError(f"file must be a plain name inside the directory, got {self.file!r}")
+        # No other name: what a manifest names may be deleted, so it must not name another's file.
+        if self.file != file_name(self.index):
+            raise ValueError(f"file must be {file_name(self.index)}, got {self.file!r}")
         for name, value in {"lr": self.lr, **(self.metrics or {})}.items():
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
-
-
-def _is_plain_name(name: str) -> bool:
-    """Return whether every system takes the name for a file in the directory itself."""
-    names = {PurePosixPath(name).name, PureWindowsPath(name).name}
-    return names == {name} and name not in ("", "..", MANIFEST) and "\0" not in name
-
-
-def file_name(index: int) -> str:
-    """Return the name of a member's file."""
-    return f"snapshot-{index:03d}.safetensors"
 
 
 def new_member(
@@ -125,24 +121,22 @@ def new_member(
         )
         # msgspec checks types and ranges when it decodes, not when an object is made.
         return msgspec.json.decode(msgspec.json.encode(member), type=Member)
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise StoreError(f"a member must have plain numbers in range: {error}; correct the value") from error
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All of `snapcore.json`: the program, why the run stopped, the members by index, and its own SHA-256."""
+    """All of `snapcore.json` but its seal: the program, why the run stopped, and the members by index."""
 
     format: int = FORMAT
     program: dict[str, Any] | None = None
     stopped: str | None = None
     members: tuple[Member, ...] = ()
-    sha256: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("index", "file"):
-            values = [getattr(member, name) for member in self.members]
-            if len(values) != len(set(values)):
-                raise ValueError(f"each member needs its own {name}, got {values}")
+        indexes = [member.index for member in self.members]
+        if len(indexes) != len(set(indexes)):
+            raise ValueError(f"each member needs its own index, got {indexes}")
 
     def with_member(self, member: Member) -> "Manifest":
         """Return the manifest with one more member, in the order of their indexes."""
@@ -154,8 +148,12 @@ class _Version(msgspec.Struct):
     format: int
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Path, *, follow: bool = False) -> Manifest:
     """Read and check a run directory's manifest.
+
+    Arguments:
+        directory: the run's.
+        follow: whether a link to a manifest will do.
 
     Raises:
         StoreError: there is none, it cannot be read, or another version of snapcore wrote it.
@@ -163,63 +161,44 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        data = path.read_bytes()
+        data = read_regular(path, limit=_LONGEST, follow=follow)
+    except StoreError:
+        raise
     except FileNotFoundError as error:
         raise StoreError(f"{directory} holds no run: there is no {MANIFEST}; check the path") from error
     except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error}") from error
+        raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
         # The format comes first: a later one may have fields that this version would call errors.
         version = msgspec.json.decode(data, type=_Version).format
         if version != FORMAT:
             raise StoreError(f"{path} has format {version}, this snapcore reads format {FORMAT}; upgrade snapcore")
-        manifest = msgspec.json.decode(data, type=Manifest)
-    except _REFUSALS as error:
+        # A seal only shows that nothing was altered by accident, so the content is checked as well.
+        return _to_manifest(unseal(data))
+    except (*REFUSALS, CorruptSnapshotError) as error:
         raise CorruptSnapshotError(f"{path} is not a manifest that snapcore writes: {error}; restore it") from error
-    members = sorted(manifest.members, key=lambda each: each.index)
-    return msgspec.structs.replace(manifest, members=tuple(members))
 
 
 def format_manifest(manifest: Manifest) -> bytes:
-    """Return the manifest as indented JSON that `read_manifest` accepts.
+    """Return the manifest as the sealed JSON that `read_manifest` accepts.
 
     Raises:
         StoreError: it holds something that would be refused when read.
     """
+    data = seal(msgspec.to_builtins(manifest))
     try:
-        data = msgspec.json.encode(sealed(manifest))
-        msgspec.json.decode(data, type=Manifest)
-    except _REFUSALS as error:
+        _to_manifest(unseal(data))
+        if len(data) > _LONGEST:
+            raise ValueError(f"{len(data):,} bytes are more than {_LONGEST:,}")
+    except REFUSALS as error:
         raise StoreError(f"a manifest must be what {MANIFEST} can hold: {error}; pass plain values") from error
-    return msgspec.json.format(data, indent=2) + b"\n"
+    return data
 
 
-def sealed(manifest: Manifest) -> Manifest:
-    """Return the manifest with its SHA-256."""
-    return msgspec.structs.replace(manifest, sha256=_digest(manifest))
-
-
-def is_sealed(manifest: Manifest) -> bool:
-    """Return whether a manifest has the SHA-256 of its content, or none."""
-    return manifest.sha256 in ("", _digest(manifest))
-
-
-def _digest(manifest: Manifest) -> str:
-    """Return the SHA-256 of all other fields; white space does not count."""
-    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(manifest, sha256=""))).hexdigest()
-
-
-def plain(program: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of `program` as JSON gives it back.
-
-    Raises:
-        StoreError: it holds something that JSON cannot represent, such as an array or NaN.
-    """
-    try:
-        copy: dict[str, Any] = json.loads(json.dumps(program, allow_nan=False))
-    except _REFUSALS as error:
-        raise StoreError(f"program must be plain JSON: {error}; pass a program's to_dict()") from error
-    return copy
+def _to_manifest(content: dict[str, Any]) -> Manifest:
+    # By way of JSON, since msgspec decodes that more strictly than it converts Python's values.
+    manifest = msgspec.json.decode(msgspec.json.encode(content), type=Manifest)
+    return msgspec.structs.replace(manifest, members=tuple(sorted(manifest.members, key=lambda each: each.index)))
 
 
 def entry(member: Member) -> str:
@@ -229,10 +208,20 @@ def entry(member: Member) -> str:
 
 def describes(text: str, member: Member) -> bool:
     """Return whether `text`, found in a file, is the entry of `member`."""
+    return bool(_entry(text) == _without_digest(member))
+
+
+def has_index(text: str, index: int) -> bool:
+    """Return whether `text`, found in a file, is an entry of a member with this index."""
+    found = _entry(text)
+    return isinstance(found, dict) and found.get("index") == index
+
+
+def _entry(text: str) -> Any:
     try:
-        return bool(msgspec.json.decode(text) == _without_digest(member))
-    except _REFUSALS:
-        return False
+        return msgspec.json.decode(text)
+    except REFUSALS:
+        return None
 
 
 def _without_digest(member: Member) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import snapcore.run.saving
 import snapcore.store.directory
 import snapcore.store.resume_point
 from snapcore import CosineCycles, Program, Restart, StepDecay, StoreError, program
@@ -27,15 +26,15 @@ TOUCHES = [
     (SnapshotStore, "put"),
     (SnapshotStore, "add"),
     (SnapshotStore, "describe"),
-    (snapcore.run.saving, "write_point"),
-    (snapcore.run.saving, "clear_point"),
-    (snapcore.store.directory, "save_file"),
-    (snapcore.store.resume_point, "save_file"),
+    (SnapshotStore, "write_point"),
+    (SnapshotStore, "clear_point"),
+    (snapcore.store.directory, "write_tensors"),
+    (snapcore.store.resume_point, "write_tensors"),
     (Path, "write_bytes"),
     (os, "fsync"),
     (os, "replace"),
     (os, "unlink"),
-    (shutil, "rmtree"),
+    (os, "rmdir"),
 ]
 
 

@@ -1,7 +1,6 @@
 """A run that was left and is opened again: where it goes on, what it says, and what it refuses."""
 
 import contextlib
-import json
 import logging
 import shutil
 import tempfile
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapcore import CorruptSnapshotError, CosineCycles, DataError, Program, Restart, StoreError, program
-from snapcore.store import SnapshotStore, read_point
+from snapcore.store import SnapshotStore, read_point, seal, unseal
 
 from .training import (
     RESTARTS,
@@ -296,8 +295,8 @@ def test_what_cannot_be_resumed_takes_its_members_and_is_refused_when_it_is_open
 
 
 def test_a_manifest_that_lacks_a_member_which_the_point_counts_is_refused(left):
-    manifest = json.loads((left / "snapcore.json").read_text())
-    (left / "snapcore.json").write_text(json.dumps({**manifest, "members": []}))
+    manifest = unseal((left / "snapcore.json").read_bytes())
+    (left / "snapcore.json").write_bytes(seal({**manifest, "members": []}))
     with pytest.raises(CorruptSnapshotError, match=r"has members \[\], but its resume point counts 1"):
         Loop(left)
 

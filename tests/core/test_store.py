@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from snapcore.errors import CorruptSnapshotError, StoreError
-from snapcore.store import Member, SnapshotStore, move_aside, new_member
+from snapcore.store import Member, SnapshotStore, move_aside, new_member, seal
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 TYPES = [BF16, *map(np.dtype, ["?", "c8", ">f4", ">i2", ">u8", *np.typecodes["AllInteger"], "f2", "f4", "f8"])]
@@ -145,7 +145,8 @@ def test_members_are_listed_by_index_whatever_the_order_of_saving(tmp_path):
 def test_members_are_sorted_when_the_manifest_is_not(run):
     manifest = json.loads((run / "snapcore.json").read_text())
     manifest["members"].reverse()
-    (run / "snapcore.json").write_text(json.dumps(manifest))
+    del manifest["sha256"]
+    (run / "snapcore.json").write_bytes(seal(manifest))
     assert [member.index for member in SnapshotStore(run).members] == [1, 2]
 
 
@@ -231,7 +232,10 @@ def test_tensors_that_could_not_be_read_back_are_refused_by_name(run, tensors, n
         {"index": "1"},
         {"step": -1},
         {"step": 1.5},
-        {"step": 2**63},
+        {"step": 2**31},
+        {"due": 10**15},
+        {"cycle": 2**63},
+        {"index": 10**6 + 1},
         {"due": -1},
         {"cycle": -1},
         {"lr": float("nan")},
@@ -351,6 +355,7 @@ def test_an_unknown_index_is_answered_with_those_that_are_there(run):
 
 def test_a_file_is_given_by_its_path(run):
     assert SnapshotStore(run).file(2) == run / "snapshot-002.safetensors"
+    assert SnapshotStore(run).file(2, verify=False) == run / "snapshot-002.safetensors"
 
 
 def test_a_run_is_moved_to_the_first_free_name(run):
@@ -368,9 +373,15 @@ def test_what_is_no_run_is_not_moved(tmp_path):
     assert tmp_path.exists()
 
 
-@pytest.mark.parametrize("file", ["snapshot-002.safetensors", ".lock", "weights.safetensors"])
-def test_a_new_member_is_written_under_its_own_name_and_no_other(tmp_path, file):
+@pytest.mark.parametrize("file", ["snapshot-002.safetensors", ".lock", "../snapshot-001.safetensors", ""])
+def test_a_member_has_its_own_file_and_no_other(file):
     member = new_member(index=1, step=1, cycle=0, lr=0.1, framework="numpy")
-    with SnapshotStore(tmp_path, "w") as store, pytest.raises(StoreError, match="a new member's file is snapshot-001"):
-        store.put({"w": np.ones(2)}, msgspec.structs.replace(member, file=file))
+    with pytest.raises(ValueError, match="file must be snapshot-001"):
+        msgspec.structs.replace(member, file=file)
+
+
+def test_more_names_than_a_reader_would_take_are_refused_and_nothing_is_written(tmp_path):
+    tensors = {f"{'x' * 2**20}{number}": np.zeros(1) for number in range(33)}
+    with SnapshotStore(tmp_path, "w") as store, pytest.raises(StoreError, match="33 tensors are too long for one file"):
+        save(store, 1, tensors)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "snapcore.json"]

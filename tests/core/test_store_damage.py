@@ -3,8 +3,8 @@
 Damage at random is in tests/durability/test_damage.py.
 """
 
+import hashlib
 import json
-import os
 import struct
 
 import numpy as np
@@ -35,9 +35,18 @@ def run(tmp_path):
 
 
 def edit(run, change):
+    """Forge the manifest, and give it the digest that docs/run-directory.md describes."""
     manifest = json.loads((run / "snapcore.json").read_text())
     change(manifest)
+    plain = json.dumps({**manifest, "sha256": ""}, separators=(",", ":"), ensure_ascii=False)
+    manifest["sha256"] = hashlib.sha256(plain.encode()).hexdigest()
     (run / "snapcore.json").write_text(json.dumps(manifest))
+
+
+def exchange(one, two):
+    one.rename(one.with_name("x"))
+    two.rename(one)
+    one.with_name("x").rename(two)
 
 
 def test_a_missing_file_is_named(run):
@@ -50,10 +59,7 @@ def test_a_missing_file_is_named(run):
 
 
 def test_exchanged_files_are_noticed_even_without_the_digest(run):
-    one, two = run / "snapshot-001.safetensors", run / "snapshot-002.safetensors"
-    one.rename(run / "x")
-    two.rename(one)
-    (run / "x").rename(two)
+    exchange(run / "snapshot-001.safetensors", run / "snapshot-002.safetensors")
     for verify in (True, False):
         with pytest.raises(CorruptSnapshotError, match=r"snapshot-001.*swapped"):
             SnapshotStore(run).load(1, verify=verify)
@@ -62,11 +68,11 @@ def test_exchanged_files_are_noticed_even_without_the_digest(run):
 def test_exchanged_files_are_noticed_when_their_digests_are_exchanged_too(run):
     def swap(manifest):
         one, two = manifest["members"]
-        for key in ("file", "sha256"):
-            one[key], two[key] = two[key], one[key]
+        one["sha256"], two["sha256"] = two["sha256"], one["sha256"]
 
     edit(run, swap)
-    with pytest.raises(CorruptSnapshotError, match="does not say of itself what the manifest says"):
+    exchange(run / "snapshot-001.safetensors", run / "snapshot-002.safetensors")
+    with pytest.raises(CorruptSnapshotError, match="does not describe itself as the manifest does"):
         SnapshotStore(run).verify()
 
 
@@ -75,14 +81,14 @@ def test_a_renamed_file_is_noticed_by_whoever_follows_the_name(run):
     with pytest.raises(CorruptSnapshotError, match=r"snapshot-001\.safetensors is missing"):
         SnapshotStore(run).load(1)
     edit(run, member("file", "best.safetensors"))
-    with pytest.raises(CorruptSnapshotError, match=r"best\.safetensors does not say of itself"):
-        SnapshotStore(run).verify()
+    with pytest.raises(CorruptSnapshotError, match=r"is not a manifest.*file must be snapshot-001"):
+        SnapshotStore(run)
 
 
 def test_a_copy_of_one_members_file_under_anothers_name_is_noticed(run):
     (run / "snapshot-002.safetensors").write_bytes((run / "snapshot-001.safetensors").read_bytes())
     for verify in (True, False):
-        with pytest.raises(CorruptSnapshotError, match=r"snapshot-002\.safetensors does not say of itself"):
+        with pytest.raises(CorruptSnapshotError, match=r"snapshot-002\.safetensors is not what was written.*swapped"):
             SnapshotStore(run).load(2, verify=verify)
 
 
@@ -90,7 +96,7 @@ def test_a_member_duplicated_with_its_entry_and_its_file_is_noticed(run):
     (run / "snapshot-003.safetensors").write_bytes((run / "snapshot-002.safetensors").read_bytes())
     again = {"index": 3, "file": "snapshot-003.safetensors"}
     edit(run, lambda manifest: manifest["members"].append({**manifest["members"][1], **again}))
-    with pytest.raises(CorruptSnapshotError, match=r"snapcore\.json does not have the SHA-256"):
+    with pytest.raises(CorruptSnapshotError, match=r"snapshot-003\.safetensors is not what was written.*swapped"):
         SnapshotStore(run).verify()
 
 
@@ -104,11 +110,11 @@ def test_an_altered_weight_is_noticed_by_its_digest(run):
     SnapshotStore(run).load(1, verify=False)
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[" * 10**5, "null"])
+@pytest.mark.parametrize("text", [None, "", "{", "[" * 10**5, "null"], ids=["none", "empty", "half", "deep", "null"])
 def test_a_file_that_snapcore_did_not_write_is_not_a_member(run, text):
     path = run / "snapshot-001.safetensors"
     save_file(load_file(path), path, metadata=None if text is None else {"snapcore": text})
-    with pytest.raises(CorruptSnapshotError, match="does not say of itself"):
+    with pytest.raises(CorruptSnapshotError, match="does not describe itself as the manifest does"):
         SnapshotStore(run).load(1, verify=False)
 
 
@@ -121,28 +127,9 @@ def test_a_type_that_numpy_lacks_is_refused_by_name(run):
         SnapshotStore(run).load(1, verify=False)
 
 
-@pytest.mark.parametrize("target", ["/etc/hostname", "../outside", "sub/inside"])
-def test_a_link_out_of_the_directory_is_not_followed(run, target):
-    path = run / "snapshot-001.safetensors"
-    (run / "sub").mkdir()
-    for copy in (run.parent / "outside", run / "sub" / "inside"):
-        copy.write_bytes(path.read_bytes())
-    path.unlink()
-    path.symlink_to(target)
-    with pytest.raises(CorruptSnapshotError, match="is a link out of the run's directory"):
-        SnapshotStore(run).load(1)
-
-
 def test_a_run_behind_a_link_is_read(run):
     (run.parent / "link").symlink_to(run)
     SnapshotStore(run.parent / "link").verify()
-
-
-def test_a_named_pipe_is_no_file(run):
-    (run / "snapshot-001.safetensors").unlink()
-    os.mkfifo(run / "snapshot-001.safetensors")
-    with pytest.raises(CorruptSnapshotError, match="is missing"):
-        SnapshotStore(run).load(1)
 
 
 def member(key, value):
@@ -172,11 +159,12 @@ def member(key, value):
                 *("snapshot-002.safetensors", 3, None),
             )
         ],
-        *[member("index", index) for index in (2, 0, -1, 1.0, "1", True, 2**64)],
-        *[member(key, -1) for key in ("step", "due", "cycle")],
+        *[member("index", index) for index in (2, 0, -1, 1.0, "1", True, 2**64, 10**15)],
+        *[member(key, value) for key in ("step", "due", "cycle") for value in (-1, 2**31, 10**15)],
         *[member("lr", lr) for lr in (float("nan"), float("inf"), "0.1", None, 10**400)],
         *[member("metrics", metrics) for metrics in ({"nll": float("nan")}, {"nll": "x"}, [])],
         *[member("sha256", digest) for digest in ("", "0" * 63, "G" * 64, "0" * 64 + "\n", None)],
+        lambda manifest: manifest["members"].append(manifest["members"][0]),
         member("unfinished", 1),
         member("framework", None),
         member("colour", "red"),
@@ -213,6 +201,7 @@ def test_a_manifest_with_an_absurd_value_is_refused(run, change):
         b'{"format": 1, "other": ' + b"[" * 10**5,
         b'{"format": 1, "members": ' + b"[" * 10**5,
     ],
+    ids=range(11),
 )
 def test_a_manifest_that_is_no_manifest_is_refused(run, data):
     (run / "snapcore.json").write_bytes(data)
@@ -242,18 +231,3 @@ def test_a_refused_directory_is_not_left_locked(run):
         SnapshotStore(run, "w")
     (run / "snapcore.json").write_bytes(good)
     SnapshotStore(run, "w").close()
-
-
-@pytest.mark.parametrize(
-    "alter", [lambda text: text.replace('"finished"', '"finisheb"'), lambda text: text.replace("0.25", "0.75")]
-)
-def test_what_the_manifest_says_beside_the_members_is_guarded_by_its_own_digest(tmp_path, alter):
-    with SnapshotStore(tmp_path, "w") as store:
-        store.save({"w": np.ones(2)}, index=1, step=1, cycle=0, lr=0.1, framework="numpy")
-        store.describe(program={"lr": 0.25}, stopped="finished")
-        store.verify()
-    path = tmp_path / "snapcore.json"
-    path.write_text(alter(path.read_text()))
-    for ask in (SnapshotStore.verify, lambda store: store.load(1)):
-        with pytest.raises(CorruptSnapshotError, match=r"snapcore\.json does not have the SHA-256"):
-            ask(SnapshotStore(tmp_path))

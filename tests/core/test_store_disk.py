@@ -14,7 +14,8 @@ import pytest
 import snapcore.store.atomic
 import snapcore.store.directory
 from snapcore.errors import StoreError
-from snapcore.store import SnapshotStore, move_aside
+from snapcore.store import SnapshotStore, atomic_write, move_aside
+from snapcore.store.tensor_file import TensorFile
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -65,10 +66,8 @@ def failing(call, owner, name):
     ("owner", "name", "call", "file"),
     [
         (os, "open", 1, "snapshot-002.safetensors"),
-        (snapcore.store.directory, "save_file", 1, "snapshot-002.safetensors"),
-        (snapcore.store.atomic, "digest", 1, "snapshot-002.safetensors"),
+        (snapcore.store.directory, "write_tensors", 1, "snapshot-002.safetensors"),
         (os, "fsync", 1, "snapshot-002.safetensors"),
-        (pathlib.Path, "chmod", 1, "snapshot-002.safetensors"),
         (pathlib.Path, "replace", 1, "snapshot-002.safetensors"),
         (os, "fsync", 2, "snapshot-002.safetensors"),
         (pathlib.Path, "write_bytes", 1, "snapcore.json"),
@@ -82,7 +81,7 @@ def test_a_disk_that_is_full_at_any_point_costs_no_earlier_member(run, monkeypat
         before = store.members
         monkeypatch.setattr(owner, name, failing(call, owner, name))
         with pytest.raises(
-            StoreError, match=rf"{file} could not be written, which needs \d+ bytes.*No space"
+            StoreError, match=rf"{file} could not be written, which needs \d+ bytes: No space left on device; make room"
         ) as caught:
             save(store, 2)
         assert caught.value.__cause__ is FULL
@@ -137,12 +136,12 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path):
 
 def test_a_manifest_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "snapcore.json").mkdir()
-    with pytest.raises(StoreError, match=r"snapcore\.json cannot be read"):
+    with pytest.raises(StoreError, match=r"snapcore\.json is not a regular file"):
         SnapshotStore(tmp_path, "w")
 
 
 def test_temporary_files_that_cannot_be_swept_are_reported(run, monkeypatch):
-    (run / ".tmp-old").write_text("")
+    (run / ".tmp-snapcore.json-01234567").write_text("")
     monkeypatch.setattr(pathlib.Path, "unlink", failing(1, pathlib.Path, "unlink"))
     with pytest.raises(StoreError, match=r"cannot be written.*No space"):
         SnapshotStore(run, "w")
@@ -150,10 +149,15 @@ def test_temporary_files_that_cannot_be_swept_are_reported(run, monkeypatch):
 
 def test_a_file_that_cannot_be_read_is_not_called_damaged(run, monkeypatch):
     store = SnapshotStore(run)
-    monkeypatch.setattr(snapcore.store.atomic, "digest", failing(1, snapcore.store.atomic, "digest"))
-    with pytest.raises(StoreError, match=r"snapshot-001\.safetensors cannot be read") as caught:
-        store.load(1)
-    assert type(caught.value) is StoreError
+    for name, ask in (
+        ("read", store.load),
+        ("sha256", store.file),
+        ("map", lambda index: store.load(index, verify=False)),
+    ):
+        monkeypatch.setattr(TensorFile, name, failing(1, TensorFile, name))
+        with pytest.raises(StoreError, match=r"snapshot-001\.safetensors cannot be read") as caught:
+            ask(1)
+        assert type(caught.value) is StoreError
 
 
 KILLED = """
@@ -180,16 +184,15 @@ def test_a_writer_killed_while_saving_leaves_the_run_whole_and_the_next_one_swee
     process.stdout.close()
     assert [member.index for member in SnapshotStore(run).members] == [1]
     SnapshotStore(run).verify()
-    (run / ".tmpAbC123").write_bytes(b"what safetensors leaves when it is killed")
-    (run / ".tmp-link").symlink_to(run / "snapcore.json")
-    (run / ".tmp-directory").mkdir()
+    (run / ".tmp-snapcore.json-01234567").symlink_to(run / "snapcore.json")
+    (run / ".tmp-snapcore.json-89abcdef").mkdir()
     with SnapshotStore(run, "w") as store:
         assert not any(path.is_file() for path in run.glob(".tmp*"))
         save(store, 2)
     SnapshotStore(run).verify()
     assert names(run) == [
         ".lock",
-        ".tmp-directory",
+        ".tmp-snapcore.json-89abcdef",
         "snapcore.json",
         "snapshot-001.safetensors",
         "snapshot-002.safetensors",
@@ -296,3 +299,30 @@ def test_files_are_flushed_before_they_get_their_names_and_the_manifest_comes_la
         ("rename", "snapcore.json"),
         ("flush", "directory"),
     ]
+
+
+def test_a_forgotten_members_file_that_cannot_be_deleted_is_reported(run):
+    with SnapshotStore(run, "w") as store:
+        (run / "snapshot-001.safetensors").unlink()
+        (run / "snapshot-001.safetensors").mkdir()
+        with pytest.raises(StoreError, match=r"run: a forgotten member cannot be deleted: .*directory"):
+            store.truncate(0)
+        assert store.members == ()
+    assert SnapshotStore(run).members == ()
+
+
+def interrupt(_):
+    raise KeyboardInterrupt
+
+
+def test_a_file_of_any_name_is_written_whole_or_not_at_all(tmp_path):
+    (tmp_path / "notes").write_text("old")
+    for name in ("notes", "new"):
+        with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / name) as temporary:
+            interrupt(temporary.write_text("half"))
+    assert names(tmp_path) == ["notes"]
+    assert (tmp_path / "notes").read_text() == "old"
+    with atomic_write(tmp_path / "notes") as temporary:
+        temporary.write_text("whole")
+    assert names(tmp_path) == ["notes"]
+    assert (tmp_path / "notes").read_text() == "whole"

@@ -20,7 +20,7 @@ FAILED = "Input/output error"
 FAULTS = {
     "full in the middle of member 3": (Fault(WRITE, "FULL", count=3), f"{MEMBER_3}: .*{FULL}"),
     "full in the middle of a resume point": (
-        Fault("snapcore.run.saving:write_point", "FULL", count=10),
+        Fault("snapcore.store.directory:SnapshotStore.write_point", "FULL", count=10),
         f"{POINT}: .*{FULL}",
     ),
     "failing as member 3 is flushed": (Fault("os:fsync", "EIO", match="snapshot-003"), f"{MEMBER_3}: .*{FAILED}"),

@@ -17,7 +17,7 @@ from snapcore.errors import StoreError
 from snapcore.store import SnapshotStore, move_aside, new_member
 
 INDEXES, SEEDS = st.integers(1, 5), st.integers(0, 2**32 - 1)
-CALLS = ("os.open", "os.fsync", "os.replace", "snapcore.store.atomic.digest", "snapcore.store.directory.save_file")
+CALLS = ("os.open", "os.fsync", "os.replace", "snapcore.store.directory.write_tensors")
 
 
 def weights(seed):
@@ -58,7 +58,7 @@ class RunDirectory(RuleBasedStateMachine):
         self.store.close()
         self.store, self.waiting = None, {}
         if left:
-            (self.path / ".tmp-snapshot-001.safetensors-0123").write_bytes(b"half")
+            (self.path / ".tmp-snapshot-001.safetensors-01234567").write_bytes(b"half")
 
     @precondition(is_open)
     @rule(index=INDEXES, seed=SEEDS)
