@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from snapcore import DataError
 from snapcore.ensemble import reason
-from snapcore.store import map_tensors
+from snapcore.store import map_tensors, tied_names
 from snapcore_torch.state import check_module_fit, named_tensors, plain_name, to_torch, unwrapped
 
 Build = Callable[[], nn.Module]
@@ -85,6 +85,7 @@ def _loaded(source: nn.Module, file: Path, *, mapped: bool, is_new: bool) -> nn.
     device = next((tensor.device for tensor in own.values() if not tensor.is_meta), torch.device("cpu"))
     if mapped:
         tensors = load_file(file, device=str(device))
+        tensors |= {name: tensors[stored] for name, stored in tied_names(file).items()}
     else:
         tensors = {name: to_torch(array) for name, array in map_tensors(file).items()}
     check_module_fit(source, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, str(file))

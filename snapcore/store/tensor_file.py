@@ -94,6 +94,7 @@ def write_tensors(path: Path, arrays: Tensors, metadata: Mapping[str, str]) -> s
         metadata: text by name.
 
     Raises:
+        StoreError: there are more names than a reader would take.
         OSError: it cannot be written.
     """
     first: dict[int, str] = {}
@@ -108,6 +109,10 @@ def write_tensors(path: Path, arrays: Tensors, metadata: Mapping[str, str]) -> s
         header[name] = {"dtype": _CODES[array.dtype.name], "shape": array.shape, "data_offsets": (start, end)}
     text = msgspec.json.encode(header)
     text += b" " * (-len(text) % 8)
+    if len(text) > _LONGEST_HEADER:
+        raise StoreError(
+            f"names and shapes of {len(names):,} tensors are too long for one file; join some, or rename them"
+        )
     parts: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
     parts += [as_bytes(arrays[name]) for name in names]
     digest = hashlib.sha256()
@@ -225,9 +230,24 @@ def map_tensors(path: Path, *, copy: bool = False) -> dict[str, Array]:
     Raises:
         StoreError, CorruptSnapshotError: see `open_tensors`.
     """
+    with _existing(path), open_tensors(path, follow=True) as opened:
+        return opened.read()[0] if copy else opened.map()
+
+
+def tied_names(path: Path) -> dict[str, str]:
+    """Return the names whose tensors are in a file under another name, for who reads it with safetensors alone.
+
+    Raises:
+        StoreError, CorruptSnapshotError: see `open_tensors`.
+    """
+    with _existing(path), open_tensors(path, follow=True) as opened:
+        return opened.aliases
+
+
+@contextmanager
+def _existing(path: Path) -> Iterator[None]:
     try:
-        with open_tensors(path, follow=True) as opened:
-            return opened.read()[0] if copy else opened.map()
+        yield
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreError(f"{path} does not exist; check the path") from error
 

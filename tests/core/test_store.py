@@ -378,3 +378,10 @@ def test_a_member_has_its_own_file_and_no_other(file):
     member = new_member(index=1, step=1, cycle=0, lr=0.1, framework="numpy")
     with pytest.raises(ValueError, match="file must be snapshot-001"):
         msgspec.structs.replace(member, file=file)
+
+
+def test_more_names_than_a_reader_would_take_are_refused_and_nothing_is_written(tmp_path):
+    tensors = {f"{'x' * 2**20}{number}": np.zeros(1) for number in range(33)}
+    with SnapshotStore(tmp_path, "w") as store, pytest.raises(StoreError, match="33 tensors are too long for one file"):
+        save(store, 1, tensors)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "snapcore.json"]

@@ -23,7 +23,7 @@ from snapcore.errors import (
     StoreError,
     printable,
 )
-from snapcore.store import ResumePoint, SnapshotStore, map_tensors, move_aside, read_point, read_regular
+from snapcore.store import ResumePoint, SnapshotStore, map_tensors, move_aside, read_point, read_regular, tied_names
 
 from .test_resume import state
 
@@ -214,8 +214,9 @@ def test_an_absurd_header_is_refused_by_the_name_of_its_file(run, tmp_path, name
 
 
 def test_names_without_a_file_are_answered_in_words(tmp_path):
-    with pytest.raises(StoreError, match="nowhere does not exist; check the path"):
-        map_tensors(tmp_path / "nowhere")
+    for read in (map_tensors, tied_names):
+        with pytest.raises(StoreError, match="nowhere does not exist; check the path"):
+            read(tmp_path / "nowhere")
 
 
 def test_a_file_that_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
@@ -323,8 +324,12 @@ def refusing_directories(number):
     "number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM]
 )
 def test_only_who_has_no_room_is_told_to_make_room(run, monkeypatch, number):
-    def fails(path, mode=None, *rest, **options):
-        raise OSError(number, os.strerror(number), str(path))
+    original = os.open
+
+    def fails(path, flags, *rest, **options):
+        if flags & os.O_CREAT:
+            raise OSError(number, os.strerror(number), str(path))
+        return original(path, flags, *rest, **options)
 
     with SnapshotStore(run, "w") as store:
         for write in (

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from snapcore.errors import CorruptSnapshotError
-from snapcore.store import SnapshotStore, map_tensors
+from snapcore.store import SnapshotStore, map_tensors, tied_names
 
 
 def save(directory, tensors):
@@ -39,6 +39,8 @@ def test_the_file_is_read_by_safetensors_alone_under_the_first_name(tmp_path):
     np.testing.assert_array_equal(found["b"], weight)
     with safe_open(file, framework="np") as opened:
         assert json.loads(opened.metadata()["aliases"]) == {"a": "b"}
+    assert tied_names(file) == {"a": "b"}
+    assert tied_names(save(tmp_path / "untied", {"w": weight})) == {}
 
 
 def test_tensors_that_came_back_are_independent_of_each_other(tmp_path):

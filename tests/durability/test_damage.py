@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from snapcore.errors import CorruptSnapshotError, StoreError
-from snapcore.store import ResumePoint, SnapshotStore, read_point, write_point
+from snapcore.run import random_state
+from snapcore.store import ResumePoint, SnapshotStore, read_point
 
 from .conftest import DAMAGED
 from .harness import MANIFEST, POINT, Fault, assert_same, finished
@@ -21,6 +22,7 @@ from .harness import MANIFEST, POINT, Fault, assert_same, finished
 DAMAGE = int(os.environ.get("SNAPCORE_DAMAGE", "1000"))
 MEMBER = "snapshot-001.safetensors"
 FILES = {MANIFEST: "manifest", MEMBER: "member", str(POINT): "resume point"}
+RANDOM = {**random_state(), "framework": None}
 IN_CYCLE_2 = Fault("snapcore.store.directory:SnapshotStore.write_point", count=6)
 
 
@@ -34,7 +36,10 @@ def run(tmp_path):
             tensors = {"w": rng.normal(size=(3, 4)).astype(np.float32), "n": np.array(index)}
             fields = {"index": index, "step": 10 * index, "cycle": index - 1, "lr": 0.1 / index}
             member = store.save(tensors, framework="numpy", metrics={"nll": 0.5 * index}, **fields)
-    write_point(path, ResumePoint({"m/0": rng.normal(size=12)}, {"place": {"step": 20}, "values": [1.5]}, member))
+        process = {"random": RANDOM, "data": {"epoch": 1, "batches": 3, "random": None}}
+        place = {"step": 20, "taken": 2, "last": 20, "stopped": None}
+        state = {"framework": "numpy", "place": place, "values": {"a": [1.5]}, "processes": [process]}
+        store.write_point(ResumePoint({"m/0": rng.normal(size=12)}, state, member))
     return path
 
 

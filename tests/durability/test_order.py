@@ -16,6 +16,8 @@ TEMPORARY = re.compile(r"\.tmp-(.*)-[0-9a-f]{8}")
 class Numbers:
     """What is trained: four numbers."""
 
+    fresh = None
+
     def capture(self):
         return {"w": np.arange(4.0)}
 
