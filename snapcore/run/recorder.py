@@ -550,8 +550,7 @@ def _level_of_the_loop() -> int:
         frame, level = frame.f_back, level + 1
     # What has called the recorder is an adapter, whatever its name; what calls that may be snapcore's own too.
     frame, level = frame.f_back or frame, level + 1
-    while frame.f_back is not None:
+    frame, level = frame.f_back or frame, level + 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("snapcore"):
         frame, level = frame.f_back, level + 1
-        if not frame.f_globals.get("__name__", "").startswith("snapcore"):
-            break
     return level

@@ -35,6 +35,9 @@ class Source:
     def __init__(self, network, fresh):
         self.network, self.fresh = network, fresh
 
+    def settings(self):
+        return {"optimizer": "momentum"}
+
     def capture(self):
         return {name: array.copy() for name, array in self.network.weights.items()}
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from snapcore.errors import ProtocolError
+from snapcore.run import background
 from snapcore.run.background import SnapshotWriter
 
 
@@ -263,6 +264,27 @@ def test_an_error_that_was_never_raised_is_printed_at_exit_and_fails_the_program
     )
     assert "ZeroDivisionError" in result.stderr
     assert (result.returncode, result.stdout) == (1, "done\n")
+
+
+def test_at_exit_a_failed_job_is_noted_and_the_status_is_1(monkeypatch, capsys):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(background.logging, "shutdown", lambda: None)
+    monkeypatch.setattr(background, "_FAILED", [])
+    background._exit_as_failed()
+    assert left == []
+    writer = SnapshotWriter()
+    writer.submit(fail_with(ValueError("disk")))
+    with pytest.raises(ValueError, match="disk"):
+        writer._close_at_exit()
+    background._exit_as_failed()
+    assert left == [1]
+
+
+def test_at_exit_a_writer_whose_jobs_are_done_changes_nothing(monkeypatch):
+    monkeypatch.setattr(background, "_FAILED", [])
+    SnapshotWriter()._close_at_exit()
+    assert background._FAILED == []
 
 
 def test_what_must_follow_the_last_job_follows_it_though_the_wait_for_it_is_interrupted():

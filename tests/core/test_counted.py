@@ -440,3 +440,47 @@ def test_epochs_of_a_loader_that_keeps_its_own_position_are_not_walked_through_a
         epoch, batches = next(run.epochs_of(range(7), stateful=stateful))
         assert (epoch, next(batches)) == (4, first)
     run.close(exact=False)
+
+
+def test_where_a_restart_is_handed_back_what_is_due_at_an_epochs_end_is_left_to_the_call(tmp_path):
+    numbers = Numbers()
+    recorder = Recorder(tmp_path, CosineCycles(lr=0.1, steps=8, cycles=2), numbers, framework="numpy")
+    run, seen = CountedRun(recorder, lambda: numbers.count, hands_back=True), []
+    run.begun_at = 0
+
+    def loader():
+        yield from range(4)
+
+    class Loader:
+        def __iter__(self):
+            return loader()
+
+    for _ in run.batches(Loader()):
+        numbers.count += 1
+        recorder.epochs.settle()
+        if numbers.count % 4 and run.call():
+            run.look()
+        elif numbers.count % 4 == 0:
+            run.call()
+            seen.append(run.cursor.step)
+            run.look()
+    run.close(exact=True)
+    assert seen == [1, 4]
+
+
+def test_an_epochs_last_update_that_is_due_and_not_called_for_is_left_where_a_restart_is_handed_back(tmp_path):
+    numbers = Numbers()
+    recorder = Recorder(tmp_path, CosineCycles(lr=0.1, steps=8, cycles=2), numbers, framework="numpy")
+    run = CountedRun(recorder, lambda: numbers.count, hands_back=True)
+    run.begun_at = 0
+    batches = run.batches([1, 2, 3, 4])
+    for _ in range(4):
+        next(batches)
+        numbers.count += 1
+        recorder.epochs.settle()
+        run.call()
+    next(batches)  # the end of the epoch has been passed
+    assert run.cursor.step == 0
+    batches.close()
+    run.look()
+    run.close(exact=True)

@@ -121,3 +121,10 @@ def test_values_nested_without_end_are_refused_and_do_not_end_the_process():
         forged = {"list": [forged]}
     with pytest.raises(CorruptSnapshotError, match="packed values are not as they were written"):
         unpack(forged, {})
+
+
+@pytest.mark.parametrize("number", [np.float64(0.1), np.float32(0.5), np.int64(3), np.bool_(True)])
+def test_a_number_of_numpys_is_a_number(number):
+    packed, tensors = pack({"rate": number}, "state", lambda value: False)
+    assert unpack(packed, tensors) == {"rate": number.item()}
+    assert type(unpack(packed, tensors)["rate"]) is type(number.item())

@@ -258,3 +258,14 @@ def test_a_point_stays_as_it_was_once_an_update_is_settled_that_is_not_yet_recor
         data = read_point(tmp_path).state["processes"][0]["data"]
         assert (read_point(tmp_path).state["place"]["step"], data["batches"]) == (3, 3)
         loop.step(2)
+
+
+def test_a_loader_that_wraps_itself_is_not_looked_through_for_ever(tmp_path):
+    class Wraps(list):
+        @property
+        def loader(self):
+            return Wraps(self)
+
+    with Loop(tmp_path, CosineCycles(0.1, 4, 2)) as loop:
+        for _ in loop.recorder.batches(Wraps(range(4))):
+            loop.step()

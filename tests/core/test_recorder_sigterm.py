@@ -224,3 +224,43 @@ def test_a_refused_directory_leaves_the_handler_alone(tmp_path):
         with pytest.raises(StoreError):
             Loop(tmp_path)
         assert signal.getsignal(signal.SIGTERM) == installed
+
+
+def test_two_runs_of_one_process_leave_at_one_step(tmp_path):
+    def train():
+        with Loop(tmp_path / "one") as one, Loop(tmp_path / "two", resume_every=5) as two:
+            for loop in (one, two, one):
+                loop.step(4)
+            terminate()
+            two.step(3)
+            one.step(2)
+
+    terminated(train)
+    assert [read_point(tmp_path / name).state["place"]["step"] for name in ("one", "two")] == [10, 7]
+
+
+def test_a_run_that_has_just_written_its_point_writes_no_other_while_it_waits(tmp_path):
+    copies = []
+
+    def train():
+        with Loop(tmp_path / "one", resume_every=5) as one, Loop(tmp_path / "two"):
+            one.step(4)
+            terminate()
+            one.step()
+            copies.append(one.copies)
+            one.step()
+
+    terminated(train)
+    assert copies == [2]  # the rehearsal, and the point of update 5
+    assert read_point(tmp_path / "one").state["place"]["step"] == 6
+
+
+def test_ctrl_c_leaves_after_the_update_with_a_resume_point(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with Loop(tmp_path) as loop:
+        loop.step(4)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            loop.step()
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+    assert read_point(tmp_path).state["place"]["step"] == 5

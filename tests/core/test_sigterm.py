@@ -227,6 +227,15 @@ def test_leaving_after_a_ctrl_c_is_a_keyboard_interrupt():
         handler.leave()
 
 
+def test_leaving_where_nothing_is_listened_to_is_what_another_process_heard():
+    for number, error in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)):
+        handler = SigtermHandler(listen=False)
+        handler.note(number)
+        assert handler.answer()
+        with pytest.raises(error):
+            handler.leave()
+
+
 def test_a_handler_of_the_users_own_keeps_its_ctrl_c(earlier):
     heard = []
     before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
