@@ -19,7 +19,7 @@ from snapcore.store import Tensors
 from snapcore_jax.models import MODELS, Factory
 from snapcore_jax.state import Copy, dump_training, load_training, named_leaves, with_leaves
 from snapcore_jax.training import Loop
-from snapcore_jax.updates import Optimizer, Sgd, Step, Training, split, whole
+from snapcore_jax.updates import AdamW, Optimizer, Sgd, Step, Training, split, whole
 
 Precision = Literal["float32", "bfloat16"]
 _DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
@@ -74,7 +74,7 @@ class JaxBackend:
         precision: Precision = "float32",
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | str = "sgd",
     ) -> JaxState:
         """Return the state before the first update.
 
@@ -89,17 +89,18 @@ class JaxBackend:
                 those of the whole batch. By default JAX's default device.
             precision: what to compute in; weights stay float32.
             momentum: of SGD, in Nesterov's form.
-            weight_decay: of SGD.
-            optimizer: makes another optimizer for a schedule, such as `optax.adamw`.
+            weight_decay: of the optimizer; AdamW's is decoupled from the gradient.
+            optimizer: `"sgd"`, `"adamw"`, or a function that makes another optimizer for a schedule, such as
+                `optax.lion`.
 
         Raises:
-            DataError: no such model or precision, or a batch that cannot be split equally.
+            DataError: no such model, precision or optimizer, or a batch that cannot be split equally.
         """
         factory = _factory(model)
         shape, n_classes = tuple(data.x.shape[1:]), data.n_classes
         training_graph, evaluation_graph = _graphs(factory, shape, n_classes)
         mesh = None if mesh is None else _automatic(mesh, data)
-        chosen = optimizer or Sgd(momentum, weight_decay)
+        chosen = _optimizer(optimizer, momentum, weight_decay)
         step = Step(training_graph, chosen, _dtype(precision), mesh)
         parts = split(_on_devices(mesh, _fresh(factory, shape, n_classes, _key(seed, member))))
         x, y = _on_devices(mesh, (np.asarray(data.x), np.asarray(data.y, np.int32)))
@@ -191,6 +192,15 @@ def _moments(step: Step, params: Any) -> Any:
 @functools.partial(jax.jit, static_argnums=0)
 def _evaluated(graph: Any, arrays: tuple[Any, Any, Any], x: Any) -> Any:
     return nnx.merge(graph, *arrays, copy=True)(x).astype(jnp.float32)
+
+
+def _optimizer(chosen: Optimizer | str, momentum: float, weight_decay: float) -> Optimizer:
+    named: dict[str, Optimizer] = {"sgd": Sgd(momentum, weight_decay), "adamw": AdamW(weight_decay)}
+    if not isinstance(chosen, str):
+        return chosen
+    if chosen not in named:
+        raise DataError(f"optimizer must be 'sgd', 'adamw' or a function of the schedule, got {chosen!r}")
+    return named[chosen]
 
 
 def _key(*parts: int) -> jax.Array:

@@ -49,6 +49,21 @@ class Sgd:
 
 
 @dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay, on all parameters.
+
+    Arguments:
+        weight_decay: what of each weight is taken off it, times the rate.
+    """
+
+    weight_decay: float = 1e-4
+
+    def __call__(self, rate: optax.Schedule) -> optax.GradientTransformation:
+        """Return the transformation at the rates of a schedule."""
+        return optax.adamw(rate, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True)
 class Step:
     """All that is compiled into an update; two that are equal are compiled once.
 

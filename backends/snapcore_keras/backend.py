@@ -1,7 +1,7 @@
 """The backend verbs for Keras: how a managed run drives the native loop, on whichever backend Keras runs."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,14 +16,12 @@ from snapcore.backend import Data, Pending, Report, resolved
 from snapcore.run import random_state, set_random_state
 from snapcore.store import Tensors
 from snapcore_keras.models import MODELS, Factory
-from snapcore_keras.optimizers import Sgd, Velocity
+from snapcore_keras.optimizers import Optimizer, Velocity, make_optimizer
 from snapcore_keras.schedule import SnapshotSchedule
 from snapcore_keras.state import Copy, dump_training, load_training, load_weights, named_weights, reset_moments
 from snapcore_keras.training import run
 
 Precision = Literal["float32", "bfloat16"]
-Optimizer = Callable[[Any], keras.optimizers.Optimizer]
-"""Makes an optimizer at a learning rate, which is a schedule."""
 
 _POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
 _EVALUATION_BATCH = 1024
@@ -60,7 +58,7 @@ class KerasBackend:
         weight_decay: float = 1e-4,
         velocity: Velocity = "updates",
         precision: Precision = "float32",
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | str = "sgd",
     ) -> KerasState:
         """Return the state before the first update.
 
@@ -71,17 +69,18 @@ class KerasBackend:
             seed: of the weights, together with `member`.
             member: whose fresh weights to make, from 1.
             momentum: of SGD, in Nesterov's form.
-            weight_decay: of SGD, within the gradient.
+            weight_decay: of SGD, within the gradient; of AdamW, decoupled from it.
             velocity: which of two rules momentum follows, see `Sgd`.
             precision: what to compute in; weights stay float32.
-            optimizer: makes another optimizer at a learning rate, such as `keras.optimizers.AdamW`.
+            optimizer: `"sgd"`, `"adamw"`, or a function that makes another optimizer at a learning rate, which is a
+                schedule, such as `keras.optimizers.Lion`.
 
         Raises:
-            DataError: no such model or precision.
+            DataError: no such model, precision or optimizer.
         """
         module = built(model, data, seed, member, precision)
         rate = SnapshotSchedule(program.schedule)
-        chosen = optimizer(rate) if optimizer else Sgd(rate, momentum=momentum, l2=weight_decay, velocity=velocity)
+        chosen = make_optimizer(optimizer, rate, momentum=momentum, weight_decay=weight_decay, velocity=velocity)
         module.compile(chosen, keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=_compiles())
         chosen.build(module.trainable_variables)
         return KerasState(module, chosen, data, seed)

@@ -1,5 +1,6 @@
 """The paper's optimizer for Keras: L2 inside the gradient, and momentum by either of two rules."""
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import keras
@@ -8,6 +9,8 @@ from keras import ops
 from snapcore import DataError
 
 Velocity = Literal["updates", "gradients"]
+Optimizer = Callable[[Any], keras.optimizers.Optimizer]
+"""Makes an optimizer at a learning rate, a number or a schedule."""
 
 
 @keras.saving.register_keras_serializable(package="snapcore")
@@ -69,3 +72,20 @@ class Sgd(keras.optimizers.SGD):  # type: ignore[misc]
     def get_config(self) -> dict[str, Any]:
         """Return the arguments as plain JSON."""
         return {**super().get_config(), "l2": self.l2, "velocity": self.velocity}
+
+
+def make_optimizer(
+    chosen: Optimizer | str, rate: Any, *, momentum: float, weight_decay: float, velocity: Velocity
+) -> keras.optimizers.Optimizer:
+    """Return the optimizer that is named, or made by a function, at a learning rate.
+
+    Raises:
+        DataError: no such name.
+    """
+    if not isinstance(chosen, str):
+        return chosen(rate)
+    if chosen == "sgd":
+        return Sgd(rate, momentum=momentum, l2=weight_decay, velocity=velocity)
+    if chosen == "adamw":
+        return keras.optimizers.AdamW(rate, weight_decay=weight_decay, epsilon=1e-8)  # as in PyTorch and optax
+    raise DataError(f"optimizer must be 'sgd', 'adamw' or a function of the rate, got {chosen!r}")

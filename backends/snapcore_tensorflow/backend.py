@@ -10,8 +10,8 @@ import tensorflow as tf
 from snapcore import DataError, Program
 from snapcore.backend import Data, Pending, Report
 from snapcore.store import Tensors
-from snapcore_keras.backend import KerasBackend, KerasState, Optimizer, Precision, built
-from snapcore_keras.optimizers import Sgd, Velocity
+from snapcore_keras.backend import KerasBackend, KerasState, Precision, built
+from snapcore_keras.optimizers import Optimizer, Velocity, make_optimizer
 from snapcore_keras.schedule import has_plain_rate, innermost
 from snapcore_tensorflow.models import Factory
 from snapcore_tensorflow.training import Loop
@@ -44,6 +44,10 @@ class TensorFlowBackend(KerasBackend):
         """Return TensorFlow's version and the device it would use."""
         return f"tensorflow {tf.__version__} on {_device()}"
 
+    def threads(self) -> int | None:
+        """Return how many CPU threads an operation is spread over, if that was set; else TensorFlow takes all."""
+        return tf.config.threading.get_intra_op_parallelism_threads() or None
+
     def init(
         self,
         model: str | Factory,
@@ -56,7 +60,7 @@ class TensorFlowBackend(KerasBackend):
         weight_decay: float = 1e-4,
         velocity: Velocity = "gradients",
         precision: Precision = "float32",
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | str = "sgd",
         xla: bool = False,
         strategy: Any = None,
     ) -> TensorFlowState:
@@ -69,11 +73,12 @@ class TensorFlowBackend(KerasBackend):
             seed: of the weights, together with `member`.
             member: whose fresh weights to make, from 1.
             momentum: of SGD, in Nesterov's form.
-            weight_decay: of SGD, within the gradient.
+            weight_decay: of SGD, within the gradient; of AdamW, decoupled from it.
             velocity: which of two rules momentum follows, see `snapcore_keras.optimizers.Sgd`; by default that of
                 PyTorch, optax and the paper.
             precision: what to compute in; weights stay float32.
-            optimizer: makes another optimizer at a learning rate, a number, such as `keras.optimizers.AdamW`.
+            optimizer: `"sgd"`, `"adamw"`, or a function that makes another optimizer at a learning rate, a number,
+                such as `keras.optimizers.Lion`.
             xla: whether XLA compiles the updates; XLA's own convolutions are slow on a CPU.
             strategy: the devices to train on together, a `tf.distribute.MirroredStrategy` or
                 `MultiWorkerMirroredStrategy`: each has all of the weights, and an equal part of every batch. Batch
@@ -81,15 +86,15 @@ class TensorFlowBackend(KerasBackend):
                 device's. By default one device.
 
         Raises:
-            DataError: no such model or precision, a batch that cannot be split equally, XLA on several devices, or an
-                optimizer with a schedule of its own, or that accumulates gradients.
+            DataError: no such model, precision or optimizer, a batch that cannot be split equally, XLA on several
+                devices, or an optimizer with a schedule of its own, or that accumulates gradients.
         """
         _check_sharing(strategy, data, xla)
         strategy = strategy or tf.distribute.get_strategy()
         with strategy.scope():
             module = built(model, data, seed, member, precision)
             rate = float(program.schedule(0))
-            chosen = optimizer(rate) if optimizer else Sgd(rate, momentum=momentum, l2=weight_decay, velocity=velocity)
+            chosen = make_optimizer(optimizer, rate, momentum=momentum, weight_decay=weight_decay, velocity=velocity)
             _check_optimizer(chosen)
             chosen.build(module.trainable_variables)
         loop = Loop(module, chosen, data, program.schedule, strategy=strategy, xla=xla)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from snapcore import DataError, Program
 from snapcore.backend import Data, Pending, Report, resolved
@@ -61,10 +61,13 @@ class TorchBackend:
 
     def about(self) -> str:
         """Return PyTorch's version and the device it would use."""
-        device = (
-            torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-        )
-        return f"torch {torch.__version__} on {device}"
+        count = torch.get_num_threads()
+        cpu = f"cpu, {count} thread" if count == 1 else f"cpu, {count} threads"
+        return f"torch {torch.__version__} on {torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}"
+
+    def threads(self) -> int:
+        """Return how many CPU threads an operation is spread over."""
+        return torch.get_num_threads()
 
     def init(
         self,
@@ -77,7 +80,7 @@ class TorchBackend:
         device: str | None = None,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
-        optimizer: Callable[[nn.Module], Optimizer] | None = None,
+        optimizer: Callable[[nn.Module], Optimizer] | str = "sgd",
         **options: Any,
     ) -> TorchState:
         """Return the state before the first update.
@@ -90,22 +93,18 @@ class TorchBackend:
             member: whose fresh weights to make, from 1.
             device: such as `"cuda"` or `"cpu"`; by default the GPU if there is one.
             momentum: of SGD, in Nesterov's form.
-            weight_decay: of SGD.
-            optimizer: makes another optimizer for the model.
+            weight_decay: of the optimizer; AdamW's is decoupled from the gradient.
+            optimizer: `"sgd"`, `"adamw"`, or a function that makes another optimizer for the model.
             options: how an update is done, see `UpdateOptions`.
 
         Raises:
-            DataError: no such model, or an option that the data does not allow.
+            DataError: no such model, device or optimizer, or an option that the data does not allow.
         """
         how, group = UpdateOptions(**options), current_group()
-        chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen_device = _device(device)
         _check_batches(data, how, group)
         module = _build(model, tuple(data.x.shape[1:]), data.n_classes, seed, member).to(chosen_device)
-        if optimizer is not None:
-            chosen = optimizer(module)
-        else:
-            lr, nesterov = program.schedule.lr, momentum > 0
-            chosen = SGD(module.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=nesterov)
+        chosen = _optimizer(optimizer, module, program.schedule.lr, momentum, weight_decay)
         feed = DeviceFeed(data, chosen_device, group)
         loop = Loop(module, chosen, feed, program.schedule, GroupRates(chosen), options=how, group=group)
         with torch.random.fork_rng():
@@ -181,6 +180,28 @@ def _check_batches(data: Data, options: UpdateOptions, group: Group) -> None:
         raise DataError(f"accumulate must be in 1..{share}, a process's examples per update; got {options.accumulate}")
     if options.channels_last and data.x.ndim != 4:
         raise DataError(f"channels_last needs images, [examples, channels, height, width]; got shape {data.x.shape}")
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError) as error:  # no such name, or nothing behind it
+        cause = str(error).partition("\n")[0].rstrip(".")
+        raise DataError(f"device must be one that PyTorch can use here, got {name!r}: {cause}; try cpu") from error
+    return device
+
+
+def _optimizer(
+    chosen: Callable[[nn.Module], Optimizer] | str, module: nn.Module, lr: float, momentum: float, weight_decay: float
+) -> Optimizer:
+    if not isinstance(chosen, str):
+        return chosen(module)
+    if chosen == "sgd":
+        return SGD(module.parameters(), lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay)
+    if chosen == "adamw":
+        return AdamW(module.parameters(), lr=lr, weight_decay=weight_decay)
+    raise DataError(f"optimizer must be 'sgd', 'adamw' or a function of the model, got {chosen!r}")
 
 
 def _build(model: str | Factory, input_shape: tuple[int, ...], n_classes: int, seed: int, member: int) -> nn.Module:

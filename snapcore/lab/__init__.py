@@ -1,28 +1,48 @@
 """The application on top of the core: data, training, evaluation and the `snapcore` command."""
 
+import io
 import logging
 import os
 import sys
 import warnings
 from typing import Any
 
+from snapcore.lab.text import printable
+
 _EXTRA = ("typer", "rich", "matplotlib", "sklearn", "scipy")
 
 
 def main() -> None:
     """Run the `snapcore` command; without the `lab` extra, say how to install it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where there is no console
+            stream.reconfigure(errors="replace")  # a name that the terminal cannot show ends no training
     warnings.formatwarning = _one_line
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's own notes on its start
-    logging.basicConfig(format="snapcore: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("snapcore: %(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("snapcore").setLevel(logging.INFO)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's own notes on its start
     try:
         from snapcore.lab.cli import run
+
+        code = run(sys.argv[1:])
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
         sys.exit(f"snapcore: the command needs {error.name}: pip install 'snapcore[lab]'")
-    sys.exit(run(sys.argv[1:]))
+    except KeyboardInterrupt:  # while it was being imported, or as it ended
+        sys.stderr.write("snapcore: interrupted\n")
+        sys.exit(130)
+    sys.exit(code)
+
+
+class _OneLine(logging.Formatter):
+    """What is noted on the way, names from disk and all, as one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _one_line(message: Warning | str, *where: Any, **more: Any) -> str:  # noqa: ARG001
-    return f"snapcore: {message}\n"  # without the line of source that warned
+    return printable(f"snapcore: {message}") + "\n"  # without the line of source that warned

@@ -1,32 +1,36 @@
 """The command line: `snapcore train | evaluate | inspect | verify | schedule | backends`."""
 
 import itertools
+import sys
 import traceback
 from collections.abc import Iterator
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from snapcore.backend import available_backends, load_backend
-from snapcore.errors import BackendNotFoundError, ScheduleError, SnapcoreError
-from snapcore.lab.describe import describe_run, describe_schedule
+from snapcore.backend import available_backends
+from snapcore.errors import BackendNotFoundError, SnapcoreError
+from snapcore.lab.backends import first_backend, start_backend
+from snapcore.lab.describe import describe_run, describe_schedule, faults
 from snapcore.lab.display import Display
 from snapcore.lab.evaluate import evaluate as evaluate_runs
 from snapcore.lab.evaluate import write_results
-from snapcore.lab.job import Job, first_backend
+from snapcore.lab.job import Job, plan
+from snapcore.lab.ours import RESULTS, refuse_foreign
 from snapcore.lab.plots import plot_schedule
-from snapcore.lab.train import is_resumable
+from snapcore.lab.text import counted, printable
+from snapcore.lab.train import INTERRUPTED, is_resumable
 from snapcore.lab.train import train as train_job
-from snapcore.protocol import METHODS, program
-from snapcore.schedule import StepDecay
+from snapcore.protocol import METHODS
 from snapcore.store import SnapshotStore
 
 app = typer.Typer(
     help="Train once, get M models: snapshot ensembles.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
     no_args_is_help=True,
 )
 
@@ -34,6 +38,26 @@ Runs = Annotated[list[Path], typer.Argument(help="Run directories.", show_defaul
 Method = Annotated[str, typer.Option(help=f"One of: {', '.join(METHODS)}.")]
 Cycles = Annotated[int, typer.Option(help="Cycles M, one member each. nocycle takes six members whatever M.", min=1)]
 Lr = Annotated[float, typer.Option(help="The rate every cycle starts at.")]
+LrMin = Annotated[float | None, typer.Option(help="The rate a cosine cycle anneals towards.")]
+WarmupSteps = Annotated[int | None, typer.Option(help="Updates of linear warm-up.", min=0)]
+Remainder = Annotated[str | None, typer.Option(help="paper or even, when cycles do not divide.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda, where the backend has a choice.")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"snapcore {installed_version('snapcore')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback too.")] = False,
+) -> None:
+    """Train once, get M models: snapshot ensembles."""
 
 
 @app.command()
@@ -46,6 +70,15 @@ def train(
     epochs: Annotated[int, typer.Option(help="Passes over the training images.", min=1)] = 100,
     cycles: Cycles = 5,
     lr: Lr = 0.1,
+    lr_min: LrMin = None,
+    warmup_steps: WarmupSteps = None,
+    remainder: Remainder = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd or adamw. Default: sgd.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of sgd. Default: 0.9.", min=0, max=1)] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Default: 0.0001.", min=0)] = None,
+    clip_norm: Annotated[float | None, typer.Option(help="The gradient's largest norm. torch only.", min=0)] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16; torch also float16.")] = None,
+    device: Device = None,
     batch_size: Annotated[int, typer.Option(help="Images per update.", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="Of weights and batches.", min=0)] = 0,
     train_limit: Annotated[int | None, typer.Option(help="Keep the first so many training images.", min=1)] = None,
@@ -56,7 +89,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a model, keep its members, and score their ensembles."""
-    name, chosen = first_backend() if backend is None else (backend, load_backend(backend))
+    name, chosen = first_backend() if backend is None else (backend, start_backend(backend))
     job = Job(
         backend=name,
         data=data,
@@ -66,30 +99,59 @@ def train(
         epochs=epochs,
         cycles=cycles,
         lr=lr,
+        lr_min=lr_min,
+        warmup_steps=warmup_steps,
+        remainder=remainder,
+        optimizer=optimizer,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+        precision=precision,
+        device=device,
         batch_size=batch_size,
         seed=seed,
         train_limit=train_limit,
     )
-    numbered = _numbered(f"{job.data}-{job.model.rpartition(':')[2]}-{job.method}")
+    if job.has_own_model:
+        _import_from_here()
+    numbered = _numbered(f"{data}-{model.rpartition(':')[2]}-{method}")
     directory = output or next(path for path in numbered if not path.exists() or (resume and is_resumable(job, path)))
     display = Display()
     results = train_job(job, chosen, directory, display, resume=resume, resume_every=resume_every)
     display.ensembles(results["ensemble"])
-    display.line(f"{results['seconds']:.1f} s; members, results.json, history.csv and training.png are in {directory}")
+    display.line(f"{_cost(results)}; members, results.json, history.csv and training.png are in {directory}")
 
 
 @app.command()
 def evaluate(
     runs: Runs,
     last: Annotated[int | None, typer.Option(help="Members of each run, from its end. Default: all.", min=1)] = None,
+    members: Annotated[str | None, typer.Option(help="Members of each run, by index, such as 1,3.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where the images are now. Default: where they were.")] = None,
+    model: Annotated[str | None, typer.Option(help="The package.module:function that a run names.")] = None,
+    trust_model: Annotated[
+        bool, typer.Option("--trust-model", help="Import, and so execute, whatever function a run names.")
+    ] = False,
+    device: Device = None,
     output: Annotated[Path | None, typer.Option(help="Where results.json goes. Default: the one run.")] = None,
 ) -> None:
     """Score the ensemble of one run, or of several together, and write results.json."""
-    results = evaluate_runs(runs, last=last)
-    Display().ensembles(results["ensemble"])
     several = next(path for path in _numbered("evaluation") if not path.exists())
     directory = output or (runs[0] if len(runs) == 1 else several)
-    typer.echo(f"wrote {write_results(results, directory)}")
+    refuse_foreign(directory, [RESULTS])
+    if trust_model or model is not None:
+        _import_from_here()
+    results = evaluate_runs(
+        runs,
+        last=last,
+        members=None if members is None else _indexes(members),
+        data_dir=data_dir,
+        model=model,
+        trust_model=trust_model,
+        device=device,
+    )
+    Display().ensembles(results["ensemble"])
+    _print(f"{_cost(results)}; wrote {write_results(results, directory)}")
 
 
 @app.command()
@@ -97,16 +159,21 @@ def inspect(runs: Runs) -> None:
     """Show what run directories hold."""
     for run in runs:
         for line in describe_run(run):
-            typer.echo(line)
+            _print(line)
 
 
 @app.command()
 def verify(runs: Runs) -> None:
-    """Check every member of run directories against its digest."""
+    """Check every file of run directories against its digest, and list those that are damaged."""
+    code = 0
     for run in runs:
-        store = SnapshotStore(run)
-        store.verify()
-        typer.echo(f"{run}: {len(store.members)} members, each as it was written")
+        whole = True
+        for fault in faults(run):
+            whole, code = False, 1
+            _print(f"snapcore: {fault}", err=True)
+        if whole:
+            _print(f"{run}: {counted(len(SnapshotStore(run).members), 'member')}, each as it was written")
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -115,23 +182,20 @@ def schedule(
     cycles: Cycles = 6,
     lr: Lr = 0.2,
     method: Method = "snapshot",
-    lr_min: Annotated[float | None, typer.Option(help="The rate a cosine cycle anneals towards.")] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help="Updates of linear warm-up.", min=0)] = None,
-    remainder: Annotated[str | None, typer.Option(help="paper or even, when cycles do not divide.")] = None,
+    lr_min: LrMin = None,
+    warmup_steps: WarmupSteps = None,
+    remainder: Remainder = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw it, to this file.")] = None,
 ) -> None:
     """Print a method's schedule, and draw it."""
     given: dict[str, Any] = {"lr_min": lr_min, "warmup_steps": warmup_steps, "remainder": remainder}
     options = {name: value for name, value in given.items() if value is not None}
-    if options and isinstance(program(method, lr=lr, steps=steps, cycles=1).schedule, StepDecay):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in options)
-        raise ScheduleError(f"{method} has no cosine cycles, got {names}: leave that out, or choose another --method")
-    chosen = program(method, lr=lr, steps=steps, cycles=cycles, **options).schedule
+    chosen = plan(method, lr=lr, steps=steps, cycles=cycles, **options).schedule
     for line in describe_schedule(chosen):
-        typer.echo(line)
+        _print(line)
     if plot is not None:
         plot_schedule(chosen, plot)
-        typer.echo(f"wrote {plot}")
+        _print(f"wrote {plot}")
 
 
 @app.command()
@@ -139,9 +203,9 @@ def backends() -> None:
     """List the backends, their versions and devices, and what to install for the rest."""
     for name in sorted(available_backends()):
         try:
-            typer.echo(f"{name}: {load_backend(name).about()}")
+            _print(f"{name}: {start_backend(name).about()}")
         except BackendNotFoundError as error:
-            typer.echo(f"{name}: {error}")
+            _print(f"{name}: {error}")
 
 
 def run(arguments: list[str]) -> int:
@@ -153,26 +217,54 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
         code = app([word for word in arguments if word != "--debug"], standalone_mode=False, prog_name="snapcore")
+    except SystemExit as stop:  # a run was interrupted or terminated, and has said where it resumes
+        code = stop.code
     except (SnapcoreError, OSError, typer.TyperException, typer.Abort) as error:
         if debug:
-            traceback.print_exc()
-        typer.echo(_line(error), err=True)
+            for line in traceback.format_exc().splitlines():
+                _print(line, err=True)
+        _print_error(error)
         return error.exit_code if isinstance(error, typer.TyperException) else 1
+    else:
+        if code == INTERRUPTED:
+            _print("snapcore: interrupted", err=True)
     return code if isinstance(code, int) else 0
 
 
-def _line(error: Exception) -> str:
-    if isinstance(error, typer.TyperException):
-        message = error.format_message()
-        if message.startswith("Usage:"):  # no command was given: these are
-            return message
-        context = getattr(error, "ctx", None)
-        command = "snapcore" if context is None else context.command_path
-        return f"snapcore: {message.rstrip('.')}; see {command} --help"
-    text = " ".join(str(error).splitlines())
-    if isinstance(error, SnapcoreError):
-        return f"snapcore: {text}"
-    return f"snapcore: {text or 'stopped'}; --debug shows where"
+def _print(text: str, *, err: bool = False) -> None:
+    typer.echo(printable(" ".join(text.splitlines())), err=err)
+
+
+def _print_error(error: Exception) -> None:
+    if not isinstance(error, typer.TyperException):
+        hint = "" if isinstance(error, SnapcoreError) else "; --debug shows where"
+        _print(f"snapcore: {str(error) or 'stopped'}{hint}", err=True)
+        return
+    message = error.format_message()
+    if message.startswith("Usage:"):  # no command was given: these are
+        typer.echo(message, err=True)
+        return
+    context = getattr(error, "ctx", None)
+    command = "snapcore" if context is None else context.command_path
+    _print(f"snapcore: {message.rstrip('.')}; see {command} --help", err=True)
+
+
+def _cost(results: dict[str, Any]) -> str:
+    return f"{results['seconds']:.1f} s on {counted(results['threads'], 'thread')}"
+
+
+def _indexes(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"members must be indexes such as 1,3, got {text}", param_hint="--members") from None
+
+
+def _import_from_here() -> None:
+    """Let a model that the command line names be found here too, after all that is installed."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
 
 
 def _numbered(name: str) -> Iterator[Path]:

@@ -1,11 +1,17 @@
-"""What a run directory holds, in lines, without loading a framework."""
+"""What a run directory holds, in lines, without loading a framework; and what in it is damaged."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from snapcore.errors import StoreError
+from snapcore.lab.files import read_at_most
+from snapcore.lab.ours import JOB, RESULTS
+from snapcore.lab.sealed import LARGEST, SEAL, read_sealed
+from snapcore.lab.text import counted, printable
 from snapcore.protocol import program_from_dict
 from snapcore.schedule import Schedule
-from snapcore.store import SnapshotStore
+from snapcore.store import SnapshotStore, read_point
 
 
 def describe_run(directory: Path) -> Iterator[str]:
@@ -13,8 +19,9 @@ def describe_run(directory: Path) -> Iterator[str]:
     store = SnapshotStore(directory)
     if store.program is not None:
         program = program_from_dict(store.program)
-        yield f"{directory}: {program.method}, {program.updates} updates, {store.stopped or 'not finished'}"
-        yield f"schedule: {program.schedule}"
+        updates = counted(program.updates, "update")
+        yield printable(f"{directory}: {program.method}, {updates}, {store.stopped or 'not finished'}")
+        yield printable(f"schedule: {program.schedule}")
     for member in store.members:
         notes = [
             *(["unfinished"] if member.unfinished else []),
@@ -23,10 +30,42 @@ def describe_run(directory: Path) -> Iterator[str]:
         ]
         file = store.path / member.file
         size = f"{file.stat().st_size:,} bytes" if file.exists() else "missing"
-        yield (
+        yield printable(
             f"member {member.index}: {member.file} ({size}, {member.framework}), update {member.step}, "
             f"lr {member.lr:.3g}" + "".join(f", {note}" for note in notes)
         )
+
+
+def faults(directory: Path) -> Iterator[str]:
+    """Yield a line for every file of a run that is not as it was written: members, resume point, job and results."""
+    try:
+        store = SnapshotStore(directory)
+    except StoreError as error:
+        yield str(error)
+        return
+    sealed = [path for path in (directory / JOB, directory / RESULTS) if _claims_a_seal(path)]
+    checks: list[Callable[[], object]] = [
+        *(functools.partial(store.file, member.index) for member in store.members),
+        *([] if store.members else [store.verify]),  # of the manifest alone
+        functools.partial(read_point, directory),
+        *(functools.partial(read_sealed, path) for path in sealed),
+    ]
+    seen = set()
+    for check in checks:
+        try:
+            check()
+        except StoreError as error:
+            if str(error) not in seen:  # an altered manifest is found beside every member
+                seen.add(str(error))
+                yield str(error)
+
+
+def _claims_a_seal(path: Path) -> bool:
+    """Return whether a file is meant to be one of ours: beside a run of one's own loop it may be the user's."""
+    try:
+        return f'"{SEAL}"'.encode() in read_at_most(path, LARGEST)
+    except OSError:
+        return False
 
 
 def describe_schedule(schedule: Schedule) -> Iterator[str]:

@@ -1,17 +1,15 @@
 """What a person sees during a run, and after it."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from snapcore.lab.text import printable
 from snapcore.protocol import Program, Snapshot
-
-_REFRESH = 0.1  # seconds
 
 
 class Display:
@@ -21,8 +19,8 @@ class Display:
         self.console = console or Console(highlight=False, soft_wrap=True)
 
     def line(self, text: str) -> None:
-        """Print one line as it is."""
-        self.console.print(text, markup=False, emoji=False)
+        """Print one line, whatever is in it."""
+        self.console.print(printable(text), markup=False, emoji=False)
 
     def member(self, snapshot: Snapshot, scores: Mapping[str, float]) -> None:
         """Print a member as it is taken."""
@@ -34,29 +32,8 @@ class Display:
     @contextmanager
     def progress(self, program: Program) -> Iterator[Callable[[int, float], None]]:
         """Show a bar with the cycle, the rate, the loss and the time left; yields what to report to."""
-        columns = (
-            TextColumn("cycle {task.fields[cycle]}/{task.fields[cycles]}"),
-            BarColumn(),
-            TextColumn(
-                "{task.completed}/{task.total} updates   lr {task.fields[lr]:.4f}   loss {task.fields[loss]:.4f}"
-            ),
-            TimeRemainingColumn(),
-        )
-        schedule = program.schedule
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as bar:
-            task = bar.add_task(
-                "", total=program.updates, cycle=1, cycles=len(schedule.cycle_starts), lr=schedule(0), loss=float("nan")
-            )
-            shown = 0.0
-
-            def report(step: int, loss: float) -> None:
-                nonlocal shown
-                if time.monotonic() - shown > _REFRESH or step == program.updates:
-                    shown = time.monotonic()
-                    cycle = schedule.cycle_at(step - 1) + 1
-                    bar.update(task, completed=step, cycle=cycle, lr=schedule(step - 1), loss=loss)
-
-            yield report
+        with _Bar(program, self.console) as bar:
+            yield bar.report
 
     def ensembles(self, curve: Sequence[Mapping[str, Any]]) -> None:
         """Print the table of ensembles: the last m members, m = 1 … M."""
@@ -67,3 +44,38 @@ class Display:
             cells = (f"{row['error']:.2f} %", *(f"{row[name]:.4f}" for name in ("nll", "brier", "ece")))
             table.add_row(str(row["m"]), *cells)
         self.console.print(table)
+
+
+class _Bar(Progress):
+    """A bar that is drawn from the newest report, ten times a second.
+
+    Reports come in bulk, up to hundreds within a millisecond and then none for a while: what is shown must be the
+    last of them, which no clock that is read in `report` can know.
+    """
+
+    def __init__(self, program: Program, console: Console) -> None:
+        self._schedule = program.schedule
+        self._newest: tuple[int, float] | None = None
+        columns = (
+            TextColumn("cycle {task.fields[cycle]}/{task.fields[cycles]}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} updates   lr {task.fields[lr]:.4f}{task.fields[loss]}"),
+            TimeRemainingColumn(),
+        )
+        super().__init__(*columns, console=console, disable=not console.is_terminal, transient=True)
+        schedule = program.schedule
+        self._task = self.add_task(
+            "", total=program.updates, cycle=1, cycles=len(schedule.cycle_starts), lr=schedule(0), loss=""
+        )
+
+    def report(self, step: int, loss: float) -> None:
+        """Note that update `step`, counted from 1, is done."""
+        self._newest = (step, loss)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Return what is drawn now."""
+        if self._newest is not None:
+            step, loss = self._newest
+            cycle, lr = self._schedule.cycle_at(step - 1) + 1, self._schedule(step - 1)
+            self.update(self._task, completed=step, cycle=cycle, lr=lr, loss=f"   loss {loss:.4f}")
+        return super().get_renderables()

@@ -1,15 +1,20 @@
 """The loss of every update, kept as a table beside the members."""
 
 import csv
+import math
 import os
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 
 from snapcore.errors import StoreError
+from snapcore.lab.files import open_regular
+from snapcore.lab.ours import COLUMNS, HISTORY
 from snapcore.store import atomic_write
 
-FILE = "history.csv"
-_HEADER = ("step", "lr", "loss")
+Row = tuple[int, float, float]
+
+_ROUNDING = 1e-9  # of a rate, between one machine's cosine and another's
 
 
 class History:
@@ -21,12 +26,16 @@ class History:
     Arguments:
         directory: of the run.
         rate: the schedule, step -> rate.
+        resumed: whether a table there is of this run.
+
+    Raises:
+        StoreError: the table there is damaged, or of another run.
     """
 
-    def __init__(self, directory: Path, rate: Callable[[int], float]) -> None:
-        self._path = directory / FILE
+    def __init__(self, directory: Path, rate: Callable[[int], float], *, resumed: bool = True) -> None:
+        self._path = directory / HISTORY
         self._rate = rate
-        self.rows = _read(self._path)
+        self.rows = _read(self._path, rate) if resumed and os.path.lexists(self._path) else []
         self._written: int | None = None
 
     def report(self, step: int, loss: float) -> None:
@@ -35,16 +44,16 @@ class History:
             self.rows = [row for row in self.rows if row[0] < step]
         self.rows.append((step, self._rate(step - 1), loss))
 
-    def write(self) -> None:
-        """Bring the file up to date: the first time all of it, from then on by what is new.
+    def write(self, *, anew: bool = False) -> None:
+        """Bring the file up to date: the first time, or `anew`, all of it; else by what is new.
 
         Raises:
             StoreError: it cannot be written.
         """
         try:
-            if self._written is None:
+            if anew or self._written is None:
                 with atomic_write(self._path) as temporary:
-                    _append(temporary, [_HEADER, *self.rows])
+                    _append(temporary, [COLUMNS, *self.rows])
             else:
                 _append(self._path, self.rows[self._written :])
         except OSError as error:
@@ -59,14 +68,23 @@ def _append(path: Path, rows: Sequence[Sequence[object]]) -> None:
         os.fsync(file.fileno())  # a resume point follows, after which no row is made again
 
 
-def _read(path: Path) -> list[tuple[int, float, float]]:
-    if not path.exists():
-        return []
+def _read(path: Path, rate: Callable[[int], float]) -> list[Row]:
+    rows: list[Row] = []
     try:
-        with path.open(newline="") as file:
+        with TextIOWrapper(open_regular(path), "utf-8", newline="") as file:
             lines = [line for line in file if line.endswith("\n")]  # a kill may have cut the last one off
-        return [(int(step), float(lr), float(loss)) for step, lr, loss in csv.reader(lines[1:])]
-    except ValueError as error:
+        if not lines or tuple(lines[0].rstrip("\r\n").split(",")) != COLUMNS:
+            raise ValueError(f"it does not begin with {','.join(COLUMNS)}")
+        for step, lr, loss in csv.reader(lines[1:]):
+            row = (int(step), float(lr), float(loss))
+            follows = not rows or row[0] == rows[-1][0] + 1
+            if not (follows and math.isclose(row[1], rate(row[0] - 1), rel_tol=_ROUNDING) and math.isfinite(row[2])):
+                raise ValueError(f"{row} is no update of this run")
+            rows.append(row)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error}; move it away") from error
+    except (ValueError, csv.Error) as error:
         raise StoreError(
             f"{path} is damaged: {error}; delete it, and the run resumes without its first rows"
         ) from error
+    return rows

@@ -1,27 +1,35 @@
 """What a run was asked to do, kept beside its members so that it can be evaluated and resumed."""
 
 import importlib
-from collections.abc import Callable
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
-from snapcore.backend import Backend, available_backends, load_backend
+from snapcore.backend import Backend
 from snapcore.data import TrainingData
-from snapcore.errors import BackendNotFoundError, DataError, StoreError
+from snapcore.errors import DataError, ScheduleError, SnapcoreError, StoreError
 from snapcore.lab.datasets import Dataset, load_data
+from snapcore.lab.ours import JOB
+from snapcore.lab.sealed import read_sealed, write_sealed
 from snapcore.protocol import Program, program
-from snapcore.store import atomic_write
+from snapcore.schedule import StepDecay
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
+Whole = Annotated[int, msgspec.Meta(ge=0)]
 
-FILE = "job.json"
-_PREFERRED = ("torch", "jax", "tensorflow", "keras")
+_SCHEDULE = ("lr_min", "warmup_steps", "remainder")
+_BACKEND = ("optimizer", "momentum", "weight_decay", "clip_norm", "precision", "device")
+MAY_DIFFER = ("data_dir", "device")
+"""Where the images lie, and what computes: a run that was moved is still that run."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One training, as the command line describes it.
+    """One training, as the command line describes it. What is None is left to the schedule, or to the backend.
 
     Arguments:
         backend: a name from `available_backends`.
@@ -32,9 +40,22 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         epochs: passes over the training images.
         cycles: M, one member each.
         lr: the rate every cycle starts at.
+        lr_min: the rate a cosine cycle anneals towards.
+        warmup_steps: updates of linear warm-up.
+        remainder: `paper` or `even`, when cycles do not divide the updates.
+        optimizer: `sgd` or `adamw`.
+        momentum: of SGD.
+        weight_decay: of the optimizer.
+        clip_norm: the gradient's largest 2-norm.
+        precision: what to compute in.
+        device: where to compute.
         batch_size: images per update.
         seed: of the weights and of the batches' order.
         train_limit: keep the first so many training images.
+        data_sha256: the digest of the images and labels, once they are loaded.
+
+    Raises:
+        DataError: a number for the optimizer is out of range.
     """
 
     backend: str
@@ -45,13 +66,36 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     epochs: Count = 100
     cycles: Count = 5
     lr: float = 0.1
+    lr_min: float | None = None
+    warmup_steps: Whole | None = None
+    remainder: str | None = None
+    optimizer: str | None = None
+    momentum: float | None = None
+    weight_decay: float | None = None
+    clip_norm: float | None = None
+    precision: str | None = None
+    device: str | None = None
     batch_size: Count = 64
-    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+    seed: Whole = 0
     train_limit: Count | None = None
+    data_sha256: str | None = None
 
-    def dataset(self) -> Dataset:
-        """Load the data."""
-        return load_data(self.data, self.data_dir, train_limit=self.train_limit)
+    def __post_init__(self) -> None:
+        if self.momentum is not None and not 0 <= self.momentum <= 1:
+            raise DataError(f"momentum must be in 0..1, got {self.momentum}")
+        for name in ("weight_decay", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise DataError(f"{name} must be finite and not negative, got {value}")
+
+    @property
+    def has_own_model(self) -> bool:
+        """Whether the model is a function that is imported by name, and so code of somebody's."""
+        return ":" in self.model
+
+    def dataset(self, directory: Path | None = None) -> Dataset:
+        """Load the data, from `directory` instead of its own if given."""
+        return load_data(self.data, directory or self.data_dir, train_limit=self.train_limit)
 
     def training_data(self, dataset: Dataset) -> TrainingData:
         """Return the training part in this job's order."""
@@ -59,12 +103,59 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     def program(self, data: TrainingData) -> Program:
         """Return the method over the budget of `epochs`."""
-        return program(self.method, lr=self.lr, steps=self.epochs * data.updates_per_epoch, cycles=self.cycles)
+        options = {name: value for name in _SCHEDULE if (value := getattr(self, name)) is not None}
+        steps = self.epochs * data.updates_per_epoch
+        return plan(self.method, lr=self.lr, steps=steps, cycles=self.cycles, **options)
+
+    def options(self, backend: Backend[Any]) -> dict[str, Any]:
+        """Return what goes to the backend's `init` by name: what was given, and nothing else.
+
+        Raises:
+            DataError: the backend has no such option, or the optimizer does not.
+        """
+        given = {name: value for name in _BACKEND if (value := getattr(self, name)) is not None}
+        parameters = inspect.signature(backend.init).parameters
+        open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters.values())  # it checks names itself
+        lacking = [name for name in given if name not in parameters and not open_ended]
+        if lacking:
+            raise DataError(
+                f"the backend {self.backend} has no {flags(lacking)}: leave that out, or choose another --backend"
+            )
+        if "momentum" in given and self.optimizer not in (None, "sgd"):
+            raise DataError(f"--momentum is sgd's, got --optimizer {self.optimizer}: leave one of them out")
+        return given
 
     def state(self, backend: Backend[Any], dataset: Dataset, program: Program) -> Any:
-        """Return the backend's state with this job's model in it, to restore members into."""
+        """Return the backend's state with this job's model in it, to restore members into.
+
+        Raises:
+            DataError: the model cannot be built, or does not take the images and give a number per class.
+        """
         one = TrainingData(dataset.x_train[:1], dataset.y_train[:1], dataset.n_classes, 1)  # only its shape is needed
-        return backend.init(self.resolved_model(), one, program, seed=self.seed)
+        options = self.options(backend)
+        with self.errors_named():
+            state = backend.init(self.resolved_model(), one, program, seed=self.seed, **options)
+            if self.has_own_model:
+                shape = tuple(backend.logits(state, dataset.x_test[:2]).shape)
+                wanted = (len(dataset.x_test[:2]), dataset.n_classes)
+                if shape != wanted:
+                    raise ValueError(f"its output must have shape {wanted}, images and classes, got {shape}")
+        return state
+
+    @contextmanager
+    def errors_named(self) -> Iterator[None]:
+        """Turn what a model of the user's own raises into one line that names it."""
+        try:
+            yield
+        except SnapcoreError:
+            raise
+        except Exception as error:  # a user's code may raise anything; it is passed on as the cause
+            if not self.has_own_model:
+                raise
+            cause, *_ = [*str(error).splitlines(), ""]
+            raise DataError(
+                f"--model {self.model} does not fit: {type(error).__name__}: {cause}; correct it"
+            ) from error
 
     def resolved_model(self) -> str | Callable[..., Any]:
         """Return what the backend's `init` takes: a built-in's name, or the function named.
@@ -72,7 +163,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Raises:
             DataError: the name leads to no function.
         """
-        if ":" not in self.model:
+        if not self.has_own_model:
             return self.model
         module, _, name = self.model.partition(":")
         try:
@@ -91,22 +182,36 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             StoreError: it cannot be written.
         """
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with atomic_write(directory / FILE) as temporary:
-                temporary.write_bytes(msgspec.json.format(msgspec.json.encode(self)) + b"\n")
+            write_sealed(directory / JOB, msgspec.structs.asdict(self))
         except OSError as error:
             raise StoreError(f"{directory} cannot be written: {error}; choose another --output") from error
 
-    def refuse_other(self, directory: Path) -> None:
-        """Raise `StoreError` unless this is the job kept in a run directory, saying what differs."""
-        other = load_job(directory)
+    def differing(self, other: "Job") -> list[str]:
+        """Return the names of what is not the same in another job; a digest that is not known yet is the same."""
         names = [name for name in self.__struct_fields__ if getattr(self, name) != getattr(other, name)]
-        if names:
-            there, here = ({name: getattr(job, name) for name in names} for job in (other, self))
+        return [name for name in names if name != "data_sha256" or self.data_sha256 is not None]
+
+    def refuse_other(self, directory: Path) -> dict[str, Any]:
+        """Raise `StoreError` unless this is the job kept in a run directory; return what may differ and does.
+
+        Returns:
+            The values that the run was begun with, by name.
+        """
+        other = load_job(directory)
+        names = self.differing(other)
+        binding = [name for name in names if name not in MAY_DIFFER]
+        if binding == ["data_sha256"]:
+            raise StoreError(
+                f"{directory} holds a run on other images than {self.data} has now: restore them, choose another "
+                "--output, or pass --no-resume, which moves it aside"
+            )
+        if binding:
+            there, here = ({name: getattr(job, name) for name in binding} for job in (other, self))
             raise StoreError(
                 f"{directory} holds a run with {there}, asked for {here}: ask for the same to resume it, choose "
                 "another --output, or pass --no-resume, which moves it aside"
             )
+        return {name: getattr(other, name) for name in names}
 
 
 def load_job(directory: Path) -> Job:
@@ -115,28 +220,28 @@ def load_job(directory: Path) -> Job:
     Raises:
         StoreError: there is none, it cannot be read, or it is damaged.
     """
-    path = directory / FILE
+    path = directory / JOB
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Job)
+        return msgspec.convert(read_sealed(path), Job)
     except FileNotFoundError:
-        raise StoreError(f"{directory} holds no {FILE}: snapcore train did not make it; choose another") from None
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error}; choose another directory") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise StoreError(f"{directory} holds no {JOB}: snapcore train did not make it; choose another") from None
+    except msgspec.ValidationError as error:
         raise StoreError(f"{path} is damaged: {error}; restore it, or move {directory} away") from error
 
 
-def first_backend() -> tuple[str, Backend[Any]]:
-    """Return the first backend whose framework is installed.
+def plan(method: str, *, lr: float, steps: int, cycles: int, **options: Any) -> Program:
+    """Return a method as a program, `options` being those of its cosine cycles.
 
     Raises:
-        BackendNotFoundError: none is; the message says what to install.
+        ScheduleError: the method has none, or values describe no schedule.
     """
-    found = sorted(available_backends())
-    ordered = [*(n for n in _PREFERRED if n in found), *(n for n in found if n not in _PREFERRED)]
-    for name in ordered:
-        try:
-            return name, load_backend(name)
-        except BackendNotFoundError:
-            continue
-    raise BackendNotFoundError("no framework is installed: pip install 'snapcore[torch]'")
+    if options and isinstance(program(method, lr=lr, steps=steps, cycles=1).schedule, StepDecay):
+        raise ScheduleError(
+            f"{method} has no cosine cycles, got {flags(options)}: leave that out, or choose another --method"
+        )
+    return program(method, lr=lr, steps=steps, cycles=cycles, **options)
+
+
+def flags(names: Iterable[str]) -> str:
+    """Return arguments' names as the command line spells them."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)

@@ -1,5 +1,6 @@
 """Pictures: a run's rate and loss, a schedule."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from snapcore.errors import StoreError
+from snapcore.lab.ours import MAKER, PICTURES, is_ours
 from snapcore.schedule import Schedule
+from snapcore.store import atomic_write
 
 _POINTS = 2000
 
@@ -55,7 +58,12 @@ def _mark_members(axes: Axes, schedule: Schedule) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
+    suffix = path.suffix or ".png"
+    field, _ = PICTURES.get(suffix, (None, None))
+    if os.path.lexists(path) and not is_ours(path):
+        raise StoreError(f"{path} cannot be written: what is there is not snapcore's; choose another file")
     try:
-        figure.savefig(path, format=path.suffix[1:] or "png", dpi=120)
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format=suffix[1:], dpi=120, metadata={field: MAKER} if field else None)
     except (OSError, ValueError) as error:  # the latter: no such format
         raise StoreError(f"{path} cannot be written: {error}; choose another file") from error

@@ -24,21 +24,23 @@ class Predictions(Sequence[Probabilities]):
         state: of the same model; its weights are replaced.
         x: inputs, [examples, …].
         last: how many members, counted from the end; default all.
+        members: which ones, by index, instead.
 
     Raises:
-        StoreError: the run has fewer finished members than `last`, or none.
+        StoreError: the run has no finished member, fewer than `last`, or not all of `members`.
     """
 
     def __init__(
-        self, store: SnapshotStore, backend: Backend[Any], state: Any, x: NDArray[Any], last: int | None = None
+        self,
+        store: SnapshotStore,
+        backend: Backend[Any],
+        state: Any,
+        x: NDArray[Any],
+        *,
+        last: int | None = None,
+        members: Sequence[int] | None = None,
     ) -> None:
-        finished = [member for member in store.members if not member.unfinished]
-        if not finished:
-            raise StoreError(f"{store.path} holds no finished member: train until the first cycle ends")
-        count = len(finished) if last is None else last
-        if not 1 <= count <= len(finished):
-            raise StoreError(f"last must be in 1..{len(finished)}, the finished members of {store.path}; got {last}")
-        self.members: list[Member] = finished[-count:]
+        self.members = _chosen(store, last, members)
         self._store, self._backend, self._state, self._x = store, backend, state, x
 
     def __len__(self) -> int:
@@ -48,6 +50,22 @@ class Predictions(Sequence[Probabilities]):
         tensors = self._store.load(self.members[index].index)
         self._state = self._backend.restore(self._state, tensors, optimizer="keep")
         return probabilities(self._backend.logits(self._state, self._x))
+
+
+def _chosen(store: SnapshotStore, last: int | None, members: Sequence[int] | None) -> list[Member]:
+    finished = {member.index: member for member in store.members if not member.unfinished}
+    if not finished:
+        raise StoreError(f"{store.path} holds no finished member: train until the first cycle ends")
+    if members is None:
+        count = len(finished) if last is None else last
+        if not 1 <= count <= len(finished):
+            raise StoreError(f"last must be in 1..{len(finished)}, the finished members of {store.path}; got {last}")
+        return list(finished.values())[-count:]
+    if last is not None:
+        raise StoreError(f"last and members exclude each other, got {last} and {list(members)}: leave one of them out")
+    if not members or len(set(members)) < len(members) or not finished.keys() >= set(members):
+        raise StoreError(f"members must be of {list(finished)}, the finished ones of {store.path}; got {list(members)}")
+    return [finished[index] for index in members]
 
 
 class Scored(Sequence[Probabilities]):

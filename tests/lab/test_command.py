@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -164,6 +166,30 @@ def test_results_that_cannot_be_written_are_said_with_their_path(cli, here, fini
     assert "file/scores/results.json cannot be written" in done.refusal
 
 
+def test_the_version_is_the_distributions(cli):
+    done = cli("--version")
+    assert (done.code, done.out, done.err) == (0, f"snapcore {version('snapcore')}\n", "")
+
+
+@pytest.mark.parametrize("words", [[], *([command] for command in COMMANDS)], ids=str)
+def test_h_is_help(words, cli):
+    assert cli(*words, "-h") == cli(*words, "--help")
+    assert cli(*words, "-h").code == 0
+
+
+def test_the_help_names_what_holds_for_all_commands(cli):
+    shown = cli("--help").out
+    assert all(f"--{name} " in shown for name in ("version", "debug", "install-completion", "show-completion"))
+
+
+def test_a_shell_completes_commands_and_options(python):
+    code = "from snapcore.lab import main; main()"
+    for typed, expected in (("snapcore ver", "verify"), ("snapcore train --warm", "--warmup-steps")):
+        variables = {"_SNAPCORE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+        done = python("-c", code, **variables)
+        assert (done.code, done.out.split()) == (0, [expected])
+
+
 # schedule
 
 
@@ -265,6 +291,75 @@ def test_verify_detects_one_altered_byte_and_names_the_file(at, cli, here):
     assert "snapshot-002.safetensors" in done.refusal
 
 
+def test_verify_lists_every_damaged_file_of_every_run(cli, here, finished):
+    for name in ("a", "b", "c"):
+        shutil.copytree(finished, here / name)
+    for run, file in (("a", "snapshot-001.safetensors"), ("a", "snapshot-003.safetensors"), ("b", "results.json")):
+        content = (here / run / file).read_bytes()
+        (here / run / file).write_bytes(content.replace(content[-40:], content[-40:].swapcase()))
+    (here / "b" / "job.json").write_text('{"sha256": "0"}')
+    (here / "b" / "snapshot-002.safetensors").unlink()
+    done = cli("verify", "a", "gone", "b", "c")
+    assert done.code == 1
+    assert done.out == "c: 3 members, each as it was written\n"
+    lines = done.err.splitlines()
+    damaged = ["a/snapshot-001", "a/snapshot-003", "gone", "b/snapshot-002", "b/job.json", "b/results.json"]
+    assert len(lines) == len(damaged)
+    for line, name in zip(lines, damaged, strict=True):
+        assert line.startswith("snapcore: ")
+        assert name in line
+
+
+def test_verify_says_once_that_a_manifest_was_altered(cli, here, finished):
+    shutil.copytree(finished, here / "run")
+    text = (here / "run" / "snapcore.json").read_text()
+    (here / "run" / "snapcore.json").write_text(text.replace('"cycle": 2', '"cycle": 1'))
+    assert "run/snapcore.json" in cli("verify", "run").err
+    assert sum("run/snapcore.json" in line for line in cli("verify", "run").err.splitlines()) == 1
+
+
+def test_verify_finds_a_damaged_resume_point(cli, here, stopping):
+    stopping(50)
+    assert cli("train", *SHORT, "--model", "stopping:Net", "--output", "run").code == 130
+    assert cli("verify", "run").code == 0
+    point = here / "run" / "resume" / "point.safetensors"
+    point.write_bytes(point.read_bytes()[:-1] + b"!")
+    assert "resume/point.safetensors" in cli("verify", "run").refusal
+
+
+def test_verify_leaves_a_users_own_files_beside_a_run_alone(cli, here):
+    with SnapshotStore("run", "w") as store:
+        store.save({"w": np.ones(3)}, index=1, step=9, cycle=0, lr=0.1, framework="torch")
+    for name in ("job.json", "results.json"):
+        (here / "run" / name).write_text('{"accuracy": 0.9}')
+    assert cli("verify", "run").out == "run: 1 member, each as it was written\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["torch\x1b[31m", "torch\nmember 2: fine", "torch\r", "torch\x9b31m", "torch\u202e", "torch\x7f\x00\x07"]
+)
+def test_names_from_a_manifest_reach_no_terminal_as_they_are(name, cli, here):
+    with SnapshotStore("run", "w") as store:
+        weights = {"w": np.ones(3)}
+        store.save(weights, index=1, step=9, cycle=0, lr=0.1, framework=name, metrics={name: 1.0})
+        store.describe(stopped=name)
+    done = cli("inspect", "run")
+    assert done.code == 0
+    assert done.out.count("\n") == 1
+    assert done.out.rstrip("\n").isprintable()
+
+
+def test_names_from_disk_reach_no_terminal_in_an_error_either(cli, here, finished):
+    for name in ("run\x1b[2J", "run\nsnapcore: fine"):
+        shutil.copytree(finished, here / name)
+        for file in ("job.json", "snapshot-001.safetensors", "snapcore.json"):
+            (here / name / file).write_bytes(b"\x1b[31m")
+        for command in ("evaluate", "verify", "inspect", "train --output"):
+            done = cli(*command.split(), name)
+            assert done.code == 1
+            assert done.refusal.isprintable()
+
+
 # other processes
 
 
@@ -320,3 +415,34 @@ print(json.dumps(printed))
     for text in (backends[1].splitlines()[-1], named[1].rstrip()):
         assert "pip install 'snapcore[torch]'" in text
         assert "\n" not in text
+
+
+def test_a_terminal_that_cannot_show_a_name_ends_no_command(python, here):
+    """The name of the directory is printed at the end; none of its letters is ASCII."""
+    words = ("train", "--model", "mlp", "--epochs", "1", "--cycles", "1", "--output", "прогон")
+    done = python("-m", "snapcore", *words, PYTHONIOENCODING="ascii")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.endswith("are in ??????\n")
+    refused = python("-m", "snapcore", "inspect", "нет", PYTHONIOENCODING="ascii:strict")
+    assert refused.code == 1
+    assert "holds no run" in refused.refusal
+
+
+def test_a_name_that_is_no_text_ends_no_command(python, here):
+    name = "run-\udcff"
+    done = python("-m", "snapcore", "train", "--model", "mlp", "--epochs", "1", "--cycles", "1", "--output", name)
+    assert (done.code, done.err) == (0, "")
+    assert python("-m", "snapcore", "evaluate", name).code == 0
+
+
+def test_tensorflow_begins_without_notes_of_its_own(python):
+    done = python("-m", "snapcore", "backends")
+    assert (done.code, done.err) == (0, "")
+    assert re.search(r"^tensorflow: tensorflow \d", done.out, re.MULTILINE)
+
+
+def test_ctrl_c_before_there_is_anything_to_resume_is_one_line(python):
+    code = "import snapcore.lab.cli as cli\ndef stop(*words): raise KeyboardInterrupt\ncli.describe_run = stop\n"
+    done = python("-c", code + "from snapcore.lab import main; main()", "inspect", "run")
+    assert (done.code, done.out) == (130, "")
+    assert done.refusal == "snapcore: interrupted"

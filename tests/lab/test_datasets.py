@@ -1,8 +1,12 @@
 """The lab's data: true file formats written here byte by byte, read back, and every kind of damage refused."""
 
 import gzip
+import os
 import struct
 import sys
+import tracemalloc
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -326,6 +330,143 @@ def test_npz_with_one_flipped_bit_is_refused_or_reads_as_before(tmp_path, random
     except DataError:
         return
     assert_is_the_example(data)
+
+
+# files that are no data: they answer at once, and take no memory
+
+LARGE = 200 * 2**20
+LITTLE = 100 * 2**20  # of memory
+
+
+def zeros(length):
+    """Zeros, gzipped, without having them in memory."""
+    packer = zlib.compressobj(1, wbits=31)
+    yield from (packer.compress(bytes(2**20)) for _ in range(length // 2**20))
+    yield packer.flush()
+
+
+def write_packed(path, head, length):
+    """Write `head` and as many zeros, gzipped."""
+    with path.open("wb") as file:
+        file.write(gzip.compress(head))
+        file.writelines(zeros(length))
+
+
+def write_archive(path, entry, *, method=zipfile.ZIP_DEFLATED, **replace):
+    """Write an archive whose images to train on are the chunks of `entry`."""
+    with zipfile.ZipFile(path, "w", method, compresslevel=1) as archive:
+        for key, array in zip(KERAS, ARRAYS, strict=True):
+            with archive.open(f"{key}.npy", "w") as member:
+                if key == "x_train":
+                    for chunk in entry:
+                        member.write(chunk)
+                else:
+                    np.lib.format.write_array(member, replace.get(key, array))
+    return path
+
+
+def npy_header(shape, version=(1, 0), length=None):
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    size = struct.pack("<H" if version == (1, 0) else "<I", len(text) if length is None else length)
+    return b"\x93NUMPY" + bytes(version) + size + text
+
+
+def assert_refused_with_little_memory(path, name="mine"):
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError) as caught:
+            load_data(name, path)
+        assert tracemalloc.get_traced_memory()[1] < LITTLE
+    finally:
+        tracemalloc.stop()
+    return str(caught.value)
+
+
+IDX_HEADERS = {
+    "promises little and holds much": (7, 4, 5),
+    "promises what it holds, which is nothing but zeros": (LARGE // 400, 20, 20),
+    "promises more than there is": (2**32 - 1, 2**32 - 1, 2**32 - 1),
+}
+
+
+@pytest.mark.parametrize("shape", IDX_HEADERS.values(), ids=IDX_HEADERS)
+def test_a_gzipped_file_that_swells_is_refused_before_it_does(shape, tmp_path):
+    write_idx(tmp_path)
+    (tmp_path / IDX[0]).unlink()
+    path = tmp_path / f"{IDX[0]}.gz"
+    write_packed(path, struct.pack(">BBBB3I", 0, 0, 8, 3, *shape), LARGE)
+    assert str(path) in assert_refused_with_little_memory(tmp_path)
+
+
+ENTRIES = {
+    "nothing but zeros": lambda: [npy_header((LARGE // 20, 4, 5)), *[bytes(2**20)] * (LARGE // 2**20)],
+    "more than its header says": lambda: [npy_header((7, 4, 5)), *[bytes(2**20)] * (LARGE // 2**20)],
+    "less than its header says": lambda: [npy_header((10**9, 10**9)), bytes(140)],
+    "a header that never ends": lambda: [npy_header((1,), (2, 0), LARGE), *[b" " * 2**20] * (LARGE // 2**20)],
+    "a header of Python that never ends": lambda: [npy_header("(" * 5000)],
+    "a header of Python that is too deep": lambda: [npy_header("-" * 9000 + "1")],
+    "a header of Python that is none": lambda: [npy_header("1}\n  2\n 3 {")],
+    "negative": lambda: [npy_header((-7, 4, 5)), bytes(140)],
+    "another version": lambda: [npy_header((7, 4, 5), (9, 0)), bytes(140)],
+    "no array": lambda: [b"hello"],
+    "nothing": list,
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+def test_an_archive_that_is_not_what_it_says_is_refused_before_it_is_read(entry, tmp_path):
+    path = write_archive(tmp_path / "a.npz", entry())
+    assert str(path) in assert_refused_with_little_memory(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_an_archive_that_is_packed_as_numpy_packs_none_is_refused(method, tmp_path):
+    path = write_archive(tmp_path / "a.npz", [npy_header((7, 4, 5)), bytes(140)], method=method)
+    with pytest.raises(DataError, match="packed in a way that NumPy does not use"):
+        load_data("mine", path)
+
+
+def test_a_small_archive_of_zeros_is_images_like_others(tmp_path):
+    path = write_npz(tmp_path / "a.npz", x_test=np.zeros((3, 4, 5), np.uint8))
+    assert load_data("mine", path).x_test.shape == (3, 1, 4, 5)
+
+
+@pytest.mark.parametrize("name", ["a.npz", *IDX])
+def test_a_pipe_among_the_data_is_refused_without_waiting_for_it(name, tmp_path):
+    if name != "a.npz":
+        write_idx(tmp_path)
+        (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    for path in {tmp_path, tmp_path / name}:
+        assert str(tmp_path) in assert_refused_with_little_memory(path)
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/urandom", "/dev/null"])
+def test_a_device_is_no_data(device, tmp_path):
+    assert device in assert_refused_with_little_memory(device)
+    (tmp_path / "a.npz").symlink_to(device)
+    assert "it is no regular file" in assert_refused_with_little_memory(tmp_path)
+
+
+# the digest
+
+
+def test_the_digest_is_of_what_is_stored_in_whatever_format(tmp_path):
+    digests = []
+    for name, write in (("idx", write_idx), ("npz", lambda folder: write_npz(folder / "a.npz"))):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name)
+        digests.append(load_data("mine", tmp_path / name).sha256)
+    assert digests[0] == digests[1]
+    assert len(digests[0]) == 64
+
+
+@pytest.mark.parametrize("key", KERAS)
+def test_the_digest_changes_with_any_array(key, tmp_path):
+    array = dict(zip(KERAS, ARRAYS, strict=True))[key].copy()
+    array.flat[0] ^= 1
+    whole = load_data("mine", write_npz(tmp_path / "a.npz")).sha256
+    assert load_data("mine", write_npz(tmp_path / "b.npz", **{key: array})).sha256 != whole
 
 
 # arrays that are not what they should be

@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 
 import pytest
 from matplotlib.image import imread
@@ -57,6 +58,30 @@ def test_the_bar_ends_at_the_last_update_in_the_last_cycle(method, shown):
     assert done == updates == str(chosen.updates)
     assert float(lr) == pytest.approx(chosen.schedule(chosen.updates - 1), abs=1e-4)
     assert float(loss) == pytest.approx(1 / chosen.updates, abs=1e-4)
+
+
+def frames(shown):
+    """What the bar has shown so far, one frame after the other."""
+    return [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", frame) for frame in re.findall(r"cycle [^\r\n]*", shown.getvalue())]
+
+
+def test_before_the_first_report_the_bar_shows_no_loss(shown):
+    with display(shown, terminal=True).progress(program("snapshot", lr=0.1, steps=60, cycles=3)):
+        pass
+    assert frames(shown)
+    assert all("0/60 updates" in frame and "loss" not in frame for frame in frames(shown))
+    assert "nan" not in shown.getvalue()
+
+
+def test_of_reports_in_bulk_the_bar_shows_the_newest_while_it_waits_for_more(shown):
+    with display(shown, terminal=True).progress(program("snapshot", lr=0.1, steps=6000, cycles=3)) as report:
+        for step in range(1, 201):
+            report(step, 1 / step)
+        deadline = time.monotonic() + 20
+        while "loss" not in frames(shown)[-1] and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert "200/6000 updates" in frames(shown)[-1]
+        assert "loss 0.0050" in frames(shown)[-1]
 
 
 def test_there_is_no_bar_where_nobody_watches(shown):

@@ -7,6 +7,7 @@ from sklearn.metrics import accuracy_score, log_loss
 from snapcore import DataError
 from snapcore.lab.datasets import load_data
 from snapcore.lab.evaluate import evaluate
+from snapcore.lab.sealed import read_sealed, write_sealed
 from snapcore_torch import SnapshotEnsemble
 from snapcore_torch.models import mlp
 
@@ -116,6 +117,6 @@ def test_an_altered_member_is_not_scored(cli, here, stopping):
 
 
 def test_the_function_behind_the_command_raises_the_errors_of_the_tree(here, finished):
-    (here / "job.json").write_text((finished / "job.json").read_text().replace('"digits"', '"gone"'))
+    write_sealed(here / "job.json", {**read_sealed(finished / "job.json"), "data": "gone"})
     with pytest.raises(DataError, match="got 'gone'"):
         evaluate([here])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapcore import CosineCycles, StoreError
-from snapcore.lab.history import FILE, History
+from snapcore.lab.history import History
 
 RATE = CosineCycles(lr=0.2, steps=60, cycles=3)
 
@@ -29,7 +29,7 @@ def expected(stop):
 
 
 def table(directory):
-    with (directory / FILE).open(newline="") as file:
+    with (directory / "history.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["step", "lr", "loss"]
     return [(int(step), float(lr), float(loss)) for step, lr, loss in rows]
@@ -41,7 +41,7 @@ def test_the_table_has_every_update_once_however_often_it_is_written(write_at, t
     directory = tmp_path_factory.mktemp("run")
     fill(History(directory, RATE), 1, 60, write_at)
     assert table(directory) == expected(60)
-    assert [path.name for path in directory.iterdir()] == [FILE]
+    assert [path.name for path in directory.iterdir()] == ["history.csv"]
 
 
 @given(data=st.data(), stop=st.integers(1, 60), writes=st.sets(st.integers(1, 60)))
@@ -50,28 +50,71 @@ def test_a_run_killed_while_it_writes_ends_with_the_same_bytes(data, stop, write
     directory, whole = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("whole")
     fill(History(whole, RATE), 1, 60)
     fill(History(directory, RATE), 1, stop, writes)
-    content = (directory / FILE).read_bytes()
+    content = (directory / "history.csv").read_bytes()
     point = data.draw(st.integers(0, stop), label="the resume point")
     least = [0, *(at + 1 for at, byte in enumerate(content) if byte == ord("\n"))][point + 1]
     cut = data.draw(st.integers(least, len(content)), label="bytes that reached the disk")
-    (directory / FILE).write_bytes(content[:cut])
+    (directory / "history.csv").write_bytes(content[:cut])
     history = History(directory, RATE)
     assert history.rows == expected(len(history.rows))
     assert len(history.rows) >= point
     fill(history, point + 1, 60, writes)
-    assert (directory / FILE).read_bytes() == (whole / FILE).read_bytes()
+    assert (directory / "history.csv").read_bytes() == (whole / "history.csv").read_bytes()
 
 
 def test_a_loss_cut_off_in_its_exponent_is_not_read(tmp_path):
-    (tmp_path / FILE).write_text("step,lr,loss\r\n1,0.2,0.5\r\n2,0.2,5.3e-")
+    (tmp_path / "history.csv").write_text("step,lr,loss\r\n1,0.2,0.5\r\n2,0.2,5.3e-")
     assert History(tmp_path, RATE).rows == [(1, 0.2, 0.5)]
 
 
-@pytest.mark.parametrize("row", ["one,0.2,0.5", "1,0.2", "1,0.2,0.5,9"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        "one,0.2,0.5",
+        "1,0.2",
+        "1,0.2,0.5,9",
+        "1,0.3,0.5",
+        "1,0.2,nan",
+        "1,0.2,inf",
+        "0,0.2,0.5",
+        "",
+        "1,0.2,0.5\r\n3,0.2,0.5",
+    ],
+)
 def test_a_table_that_was_edited_is_refused_with_the_cure(row, tmp_path):
-    (tmp_path / FILE).write_text(f"step,lr,loss\r\n{row}\r\n")
+    (tmp_path / "history.csv").write_text(f"step,lr,loss\r\n{row}\r\n")
     with pytest.raises(StoreError, match=r"history\.csv is damaged: .*; delete it"):
         History(tmp_path, RATE)
+
+
+@pytest.mark.parametrize("content", ["", "loss\r\n", "step,loss,lr\r\n", "step,lr,loss,more\r\n"])
+def test_a_table_of_something_else_is_refused_by_its_header(content, tmp_path):
+    (tmp_path / "history.csv").write_text(content)
+    with pytest.raises(StoreError, match=r"history\.csv is damaged: it does not begin with step,lr,loss"):
+        History(tmp_path, RATE)
+
+
+def test_a_new_run_does_not_read_the_table_of_another(tmp_path):
+    (tmp_path / "history.csv").write_text("step,lr,loss\r\n1,0.3,0.5\r\n")
+    history = History(tmp_path, RATE, resumed=False)
+    fill(history, 1, 3)
+    assert table(tmp_path) == expected(3)
+
+
+def test_a_rate_that_another_machine_rounds_otherwise_is_still_this_runs(tmp_path):
+    (tmp_path / "history.csv").write_text(f"step,lr,loss\r\n1,{0.2 * (1 + 1e-15)!r},0.5\r\n")
+    assert len(History(tmp_path, RATE).rows) == 1
+
+
+def test_the_table_is_whole_when_it_is_written_anew_after_a_write_was_cut_short(tmp_path):
+    history = History(tmp_path, RATE)
+    fill(history, 1, 10)
+    with (tmp_path / "history.csv").open("a") as file:
+        file.write("11,0.")
+    history.report(11, loss_of(11))
+    history.write(anew=True)
+    fill(history, 12, 20)
+    assert table(tmp_path) == expected(20)
 
 
 def test_nothing_is_written_before_it_is_asked_for(tmp_path):

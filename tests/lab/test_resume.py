@@ -2,9 +2,11 @@
 
 import csv
 import logging
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from snapcore import CosineCycles
@@ -148,7 +150,7 @@ def test_scoring_an_unfinished_run_does_not_keep_it_from_being_resumed(
     assert cli(*TRAIN).code == 130
     stopping(None)
     run = here / "runs" / "digits-Net-snapshot"
-    assert cli("evaluate", run).code == 0
+    assert cli("evaluate", run, "--trust-model").code == 0
     early = results(run)
     assert (early["updates"], len(early["members"])) == (84, 2)
     assert early["members"] == results(never_stopped)["members"][:2]
@@ -160,7 +162,10 @@ def test_scoring_an_unfinished_run_does_not_keep_it_from_being_resumed(
 def test_a_run_without_a_member_cannot_be_scored_yet(cli, here, stopping):
     stopping(10)
     assert cli(*TRAIN, "--output", "run").code == 130
-    assert "run holds no finished member: train until the first cycle ends" in cli("evaluate", "run").refusal
+    assert (
+        "run holds no finished member: train until the first cycle ends"
+        in cli("evaluate", "run", "--trust-model").refusal
+    )
 
 
 @pytest.mark.parametrize("lost", [["results.json"], ["results.json", "training.png", "history.csv"]])
@@ -185,7 +190,7 @@ def test_results_that_could_not_be_written_whole_are_not_there_at_all(cli, here,
     shutil.copytree(never_stopped, here / "run")
     before = (here / "run" / "results.json").read_bytes()
     monkeypatch.setattr("pathlib.Path.write_bytes", no_room)
-    assert "No space left on device" in cli("evaluate", "run").refusal
+    assert "No space left on device" in cli("evaluate", "run", "--trust-model").refusal
     assert (here / "run" / "results.json").read_bytes() == before
 
 
@@ -201,3 +206,153 @@ def test_the_history_is_whole_when_the_last_member_is_there(cli, here, stopping,
         assert cli(*TRAIN, "--output", "run").code == 130
     assert SnapshotStore("run").stopped == "finished"
     assert (here / "run" / "history.csv").read_text().count("\n") == 1 + 126
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize("options", [(), ("--resume-every", "10")])
+def test_ctrl_c_ends_with_one_line_that_says_from_where_the_run_resumes(
+    options, python, cli, here, stopping, never_stopped, assert_same_run
+):
+    command = (*TRAIN, *options, "--output", "left")
+    left = python("-m", "snapcore", *command, STOP_AT="60", STOP_HOW="SIGINT")
+    assert left.code == 130
+    point = int(re.search(r"resumes after update (\d+)$", left.refusal)[1])
+    assert point >= 42
+    rows = (here / "left" / "history.csv").read_text().splitlines()
+    assert len(rows) >= 1 + point
+    assert cli(*command).code == 0
+    assert_same_run(here / "left", never_stopped)
+
+
+def test_ctrl_c_leaves_the_losses_so_far_and_a_second_one_spoils_nothing(cli, here, stopping):
+    stopping(60)
+    assert cli(*TRAIN, "--output", "left").code == 130
+    steps = [int(line.split(",")[0]) for line in (here / "left" / "history.csv").read_text().splitlines()[1:]]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) >= 42
+
+
+# what a run is resumed with
+
+
+CHANGES = [
+    ("--lr", "0.05", "lr"),
+    ("--lr-min", "0.01", "lr_min"),
+    ("--warmup-steps", "3", "warmup_steps"),
+    ("--remainder", "even", "remainder"),
+    ("--momentum", "0.5", "momentum"),
+    ("--weight-decay", "0.5", "weight_decay"),
+    ("--optimizer", "adamw", "optimizer"),
+    ("--clip-norm", "1", "clip_norm"),
+    ("--precision", "bfloat16", "precision"),
+    ("--batch-size", "32", "batch_size"),
+    ("--seed", "3", "seed"),
+    ("--train-limit", "1000", "train_limit"),
+    ("--method", "star", "method"),
+]
+
+
+@pytest.fixture(scope="module")
+def unfinished(models, tmp_path_factory):
+    """The directory of a run that was left; copy it."""
+    directory = tmp_path_factory.mktemp("lab") / "unfinished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(models)
+        patch.setenv("STOP_AT", "50")
+        patch.setenv("STOP_HOW", "ctrl-c")
+        assert run([*TRAIN, "--output", str(directory)]) == 130
+    return directory
+
+
+@pytest.mark.parametrize(("option", "value", "name"), CHANGES)
+def test_a_run_is_not_resumed_with_another_setting_and_nothing_is_touched(
+    option, value, name, cli, here, stopping, unfinished
+):
+    left = Path(shutil.copytree(unfinished, here / "left"))
+    before = {path: path.read_bytes() for path in left.rglob("*") if path.is_file()}
+    done = cli(*TRAIN, option, value, "--output", "left")
+    assert (done.code, done.out) == (1, "")
+    assert f"left holds a run with {{'{name}': " in done.refusal
+    assert {path: path.read_bytes() for path in left.rglob("*") if path.is_file()} == before
+
+
+@pytest.fixture
+def own_data(here):
+    """Write data of one's own to a folder, the test images being some of many."""
+    rng = np.random.default_rng(0)
+    x, y = rng.random((64, 8, 8)), np.arange(64) % 10
+
+    def write(folder, start=0):
+        (here / folder).mkdir(exist_ok=True)
+        np.savez(here / folder / "a.npz", x_train=x, y_train=y, x_test=x[start : start + 20], y_test=y[:20])
+
+    return write
+
+
+OWN = ("train", "--model", "stopping:Net", "--epochs", "60", "--cycles", "2", "--data", "own", "--output", "run")
+
+
+def test_a_run_whose_images_have_changed_is_not_resumed(cli, here, stopping, own_data):
+    own_data("data")
+    stopping(40)
+    assert cli(*OWN, "--data-dir", "data").code == 130
+    stopping(None)
+    own_data("data", start=1)
+    before = {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()}
+    refusal = cli(*OWN, "--data-dir", "data").refusal
+    assert "run holds a run on other images than own has now: restore them" in refusal
+    assert {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_whose_images_were_moved_is_resumed_and_says_what_differs(cli, here, stopping, own_data, caplog):
+    caplog.set_level(logging.INFO, "snapcore")
+    own_data("data")
+    assert cli(*(word if word != "run" else "whole" for word in OWN), "--data-dir", "data").code == 0
+    stopping(40)
+    assert cli(*OWN, "--data-dir", "data").code == 130
+    stopping(None)
+    (here / "data").rename(here / "moved")
+    caplog.clear()
+    assert cli(*OWN, "--data-dir", "moved", "--device", "cpu").code == 0
+    first, second = caplog.messages
+    assert first == f"run is resumed with another --data-dir {here}/moved (was {here}/data), --device cpu (was None)"
+    assert second == "run: resumed after update 30 of 60"
+    for name in ("snapshot-001.safetensors", "snapshot-002.safetensors", "history.csv"):
+        assert (here / "run" / name).read_bytes() == (here / "whole" / name).read_bytes()
+    assert cli("evaluate", "run", "--trust-model").code == 0
+
+
+# damage
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe",
+        b"epoch,loss\r\n1,0.5\r\n",
+        b"step,lr,loss\r\n1,0.1,0.5,9\r\n",
+        b"step,lr,loss\r\n1,0.2,0.5\r\n",
+        b"step,lr,loss\r\n2,0.1,nan\r\n",
+        b"step,lr,loss\r\n1,0.1,0.5\r\n3,0.1,0.5\r\n",
+        b"step,lr,loss\r\n0,0.1,0.5\r\n",
+        b"step,lr,loss\r\n-1,0.1,0.5\r\n",
+        b'step,lr,loss\r\n"' + b"1" * 200000 + b'",0.1,0.5\r\n',
+        b"step,lr,loss\r\n" + b"1" * 5000 + b",0.1,0.5\r\n",
+    ],
+    ids=lambda content: ascii(content[:40]),
+)
+def test_a_table_of_losses_that_is_not_this_runs_is_one_line_and_nothing_is_touched(
+    content, cli, here, stopping, unfinished
+):
+    left = Path(shutil.copytree(unfinished, here / "left"))
+    (left / "history.csv").write_bytes(content)
+    before = {path: path.read_bytes() for path in left.rglob("*") if path.is_file()}
+    done = cli(*TRAIN, "--output", "left")
+    assert (done.code, done.out) == (1, "")
+    assert "left/history.csv " in done.refusal
+    assert {path: path.read_bytes() for path in left.rglob("*") if path.is_file()} == before
+    (left / "history.csv").unlink()
+    assert cli(*TRAIN, "--output", "left").code == 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from snapcore.errors import DataError
 from snapcore.lab.datasets.digits import read_digits
 from snapcore.lab.datasets.idx import read_idx, spellings
-from snapcore.lab.datasets.images import as_channels_first, as_labels, as_pixels, standardise
+from snapcore.lab.datasets.images import as_channels_first, as_labels, as_pixels, digest, standardise
 from snapcore.lab.datasets.npz import read_npz
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Dataset:
 
     `x_train`, `x_test` are float32 [n, channels, height, width], C-contiguous; `y_train`, `y_test` int64 [n]
     in 0..n_classes - 1. `mean` and `std` (scalars; a pixel stored as an integer counts as value / 255) come
-    from the training images alone.
+    from the training images alone. `sha256` is the digest of images and labels as they are stored.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Dataset:
     n_classes: int
     mean: float
     std: float
+    sha256: str
 
 
 def load_data(name: str = "digits", directory: Directory = None, *, train_limit: int | None = None) -> Dataset:
@@ -85,9 +86,11 @@ def load_data(name: str = "digits", directory: Directory = None, *, train_limit:
     if kinds[0] != kinds[1]:
         alike = "training and test images must have one type and shape"
         raise DataError(f"{where}: {alike}, got {' and '.join(kinds)}: convert them alike")
-    x_train, x_test, mean, std = standardise(as_pixels(x_train[:n], where), as_pixels(x_test, where), where)
-    n_classes = int(max(y_train.max(), y_test.max())) + 1
-    return Dataset(name, x_train, y_train[:n], x_test, y_test, n_classes, mean, std)
+    x_train, y_train, n_classes = x_train[:n], y_train[:n], int(max(y_train.max(), y_test.max())) + 1
+    # Of what is stored: the last bits of a mean differ between one machine's NumPy and another's.
+    sha256 = digest(x_train, y_train, x_test, y_test)
+    x_train, x_test, mean, std = standardise(as_pixels(x_train, where), as_pixels(x_test, where), where)
+    return Dataset(name, x_train, y_train, x_test, y_test, n_classes, mean, std, sha256)
 
 
 def _read(name: str, directory: Directory) -> Arrays:
@@ -97,13 +100,17 @@ def _read(name: str, directory: Directory) -> Arrays:
         return read_digits()
     if directory is None and name not in _INSTALLED:
         known = ", ".join(["digits", *_INSTALLED])
-        raise DataError(f"data must be one of {known}, or have a directory, got {name!r}: give its directory")
+        raise DataError(
+            f"data must be one of {known}, or have a directory, got {name!r}: give its directory as --data-dir"
+        )
     path = _INSTALLED[name] if directory is None else Path(directory)
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
         hint = f"install Debian's package dataset-{name}, or " if directory is None else ""
-        raise DataError(f"{name} must be in {path}, which does not exist: {hint}give the directory that has it")
+        raise DataError(
+            f"{name} must be in {path}, which does not exist: {hint}give the directory that has it as --data-dir"
+        )
     return read_npz(path)
 
 

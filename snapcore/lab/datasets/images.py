@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,3 +82,13 @@ def standardise(x_train: Images, x_test: Images, where: str) -> tuple[Images, Im
         raise DataError(f"{where}: {flat}: check the file, or raise train_limit")
     mean, std = float(x_train.mean(dtype=np.float64)), float(x_train.std(dtype=np.float64))
     return (x_train - mean) / std, (x_test - mean) / std, mean, std
+
+
+def digest(*arrays: NDArray[Any]) -> str:
+    """Return the SHA-256 of arrays' types, shapes and values, whatever the order of their bytes in memory."""
+    content = hashlib.sha256()
+    for array in arrays:
+        little = array.dtype.newbyteorder("<")
+        content.update(f"{little.str} {array.shape}".encode())
+        content.update(np.ascontiguousarray(array, little).reshape(-1).view(np.uint8).data)
+    return content.hexdigest()
