@@ -331,7 +331,7 @@ class SnapshotStore:
             started = (self._path / MANIFEST).exists()
             members = [path.name for path in self._path.iterdir() if _MEMBER_FILE.fullmatch(path.name)]
         except OSError as error:
-            raise StoreError(f"{self._path} cannot be written: {error}") from error
+            raise StoreError(f"{self._path} cannot be written: {error.strerror or error}") from error
         if started:
             self._manifest = read_manifest(self._path)
             for member in self.members:

@@ -110,4 +110,6 @@ def _naming(directory: Path) -> Iterator[None]:
     except StoreError:
         raise
     except OSError as error:
-        raise StoreError(f"{directory} cannot be written: {error}; choose another directory") from error
+        raise StoreError(
+            f"{directory} cannot be written: {error.strerror or error}; choose another directory"
+        ) from error
