@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import ReferenceType
 
 import torch
 from safetensors.torch import load_file
@@ -112,12 +113,15 @@ def _copied(model: nn.Module, replaced: Mapping[int, Tensor]) -> nn.Module:
     """Copy a module, with other tensors for some of its own wherever it refers to them."""
     memo: dict[int, Any] = dict(replaced)
     own = {id(each) for each in chain(model.modules(), model.parameters(), model.buffers())}
+    weights = {_memory(parameter) for parameter in model.parameters()} - {None}
     for module in model.modules():
-        for tensor in _tensors(vars(module)):
-            if id(tensor) not in own and id(tensor._base) in own:
-                raise DataError(f"{type(module).__name__} keeps a view of its weights, which a copy would not: {CURE}")
-            if not tensor.is_leaf:  # a kept activation, or a weight that a hook computes: its graph is not copied
-                memo.setdefault(id(tensor), tensor.detach().clone())
+        for attribute, value in vars(module).items():
+            by_hook = f"{attribute}_orig" in module._parameters  # of old spectral normalisation: computed at each call
+            for tensor in _tensors(value):
+                if id(tensor) not in own and _memory(tensor) in weights and not by_hook:
+                    raise DataError(f"{attribute!r} is a view of the weights, which it would not be in a copy: {CURE}")
+                if not tensor.is_leaf:  # a kept activation, or a weight that a hook computes: its graph is not copied
+                    memo.setdefault(id(tensor), tensor.detach().clone())
     try:
         with torch.no_grad():  # TorchScript copies its tensors by an operation, which would have a gradient
             member: nn.Module = copy.deepcopy(model, memo)
@@ -155,6 +159,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
+def _memory(tensor: Tensor) -> int | None:
+    """Return where a tensor's memory begins; None for one that has none of its own kind."""
+    if is_lazy(tensor) or tensor.layout != torch.strided:
+        return None
+    return tensor.untyped_storage().data_ptr() or None
+
+
 def _reaches(value: Any, own: set[int], seen: set[int], *, objects: bool) -> bool:
     """Return whether a function, or one in a container, refers to one of the objects with these ids.
 
@@ -169,24 +180,31 @@ def _reaches(value: Any, own: set[int], seen: set[int], *, objects: bool) -> boo
     if id(value) in seen:
         return False
     seen.add(id(value))
-    parts: list[Any] = []
     if isinstance(value, FunctionType):
-        if any(id(value.__globals__.get(name)) in own for name in value.__code__.co_names):
-            return True
-        held = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
-        parts = [*held, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values()]
-        # An object that it closes over may hold the model in turn.
-        instances = [each for each in held if not isinstance(each, type | ModuleType)]
-        parts += [part for each in instances for part in getattr(each, "__dict__", {}).values()]
-        objects = True
-    elif isinstance(value, MethodType):
-        parts = [value.__self__, value.__func__]
-    elif isinstance(value, partial):
-        parts = [value.func, *value.args, *value.keywords.values()]
+        parts, objects = _parts(value), True
     elif isinstance(value, Mapping):
         parts = list(value.values())
     elif isinstance(value, list | tuple | set):
         parts = list(value)
-    elif objects and callable(value) and not isinstance(value, type | nn.Module | Tensor):
-        parts = list(getattr(value, "__dict__", {}).values())
+    elif isinstance(value, MethodType):
+        parts = [value.__self__, value.__func__]
+    elif isinstance(value, partial):
+        parts = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, ReferenceType):
+        parts = [value()]
+    elif callable(value) and not isinstance(value, type | nn.Module | Tensor):
+        held = getattr(value, "__dict__", {})
+        parts = list(held.values()) if objects else [held.get("__wrapped__")]
+    else:
+        return False
     return any(_reaches(part, own, seen, objects=objects) for part in parts)
+
+
+def _parts(function: FunctionType) -> list[Any]:
+    """Return what a function refers to: what it closes over and what that holds, defaults, attributes, globals."""
+    held = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    held += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *vars(function).values()]
+    instances = [each for each in held if not isinstance(each, type | ModuleType | FunctionType)]
+    held += [part for each in instances for part in getattr(each, "__dict__", {}).values()]
+    named = [function.__globals__.get(name) for name in function.__code__.co_names]
+    return held + [each for each in named if isinstance(each, nn.Module | Tensor)]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -89,8 +90,31 @@ def pre_hook_that_scales_by_a_weight(model):
     model.register_forward_pre_hook(lambda module, args: (args[0] * weight.abs().mean(),))
 
 
+def cached(model):
+    model.body = functools.lru_cache(model[0].forward)
+
+
+def weak_reference(model):
+    model[3].parent = weakref.ref(model)
+
+
+def without_gradients(model):
+    model[0].forward = torch.no_grad()(model[0].forward)
+
+
+def in_a_list(model):
+    model.steps = [lambda x: model[0](x) * 2]
+
+
+def by_a_global_name(model):
+    scope = {"model": model, "Sequential": nn.Sequential}
+    exec("def forward(x): return Sequential.forward(model, x)", scope)
+    model.forward = scope["forward"]
+
+
 BOUND = [autocast, wrapped, closed_over_the_module, layer_by_default_argument, within_an_object,
-         hook_that_runs_a_layer, pre_hook_that_scales_by_a_weight]  # fmt: skip
+         hook_that_runs_a_layer, pre_hook_that_scales_by_a_weight, cached, weak_reference, without_gradients,
+         in_a_list, by_a_global_name]  # fmt: skip
 
 
 @pytest.mark.parametrize("bind", BOUND)
@@ -249,10 +273,22 @@ def with_old_spectral_norm():
     return nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(3, 8)), nn.ReLU(), nn.Linear(8, 4))
 
 
+class Sparse(nn.Module):
+    """Keeps a tensor that has no memory of the usual kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.mask = torch.eye(3).to_sparse()
+
+    def forward(self, x):
+        return (self.mask @ x.T).T
+
+
 USED = {
     "activations": Keeping,
     "old weight norm": lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 8)), nn.ReLU(), nn.Linear(8, 4)),
     "old spectral norm": with_old_spectral_norm,
+    "sparse": lambda: nn.Sequential(Sparse(), nn.Linear(3, 4)),
     "pruning": pruned,
     "weight norm": lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 8)), nn.ReLU(), nn.Linear(8, 4)),
 }
@@ -286,11 +322,11 @@ class Locked(nn.Linear):
 
 
 class Viewing(nn.Linear):
-    """Keeps a view of its weight, which a copy would not."""
+    """Keeps a view of its weight, which it would not be in a copy."""
 
-    def __init__(self):
+    def __init__(self, view=torch.t):
         super().__init__(3, 4)
-        self.transposed = self.weight.t()
+        self.transposed = view(self.weight)
 
     def forward(self, x):
         return x @ self.transposed + self.bias
@@ -298,7 +334,11 @@ class Viewing(nn.Linear):
 
 @pytest.mark.parametrize(
     ("make", "why"),
-    [(Locked, "Locked cannot be copied, .*lock"), (Viewing, "Viewing keeps a view of its weights")],
+    [
+        (Locked, "Locked cannot be copied, .*lock"),
+        (Viewing, "'transposed' is a view of the weights"),
+        (lambda: Viewing(lambda weight: weight.data.t()), "'transposed' is a view of the weights"),
+    ],
 )
 def test_what_cannot_be_copied_is_refused_in_one_line_and_can_be_built(tmp_path, make, why):
     members = [varied(make()) for _ in range(2)]
