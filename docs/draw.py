@@ -1,9 +1,12 @@
-"""Draw schedules and programs as SVG, from the very values that a run follows.
+"""Draw schedules and programs as SVG, from the very values that a run follows, and the core from its import rules.
 
-The documentation's build draws its pictures with this; `python docs/draw.py` draws the one that is kept,
-`_static/schedule.svg`, for the README. All colours are mid-tones, legible on a light and on a dark page.
+The documentation's build draws its pictures with this; `python docs/draw.py` draws those that are committed in
+`_static`: `schedule.svg`, for the README, and `architecture.svg`. All colours are mid-tones, legible on a light and on
+a dark page.
 """
 
+import re
+import tomllib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,14 +23,33 @@ MARGIN, TOP, FLAG = 30, 46, 24
 SCALE, RATE, ROW = 3.6, 60, 28
 """Of a method's picture: pixels per update, the same in all, so that lengths compare as costs do; and heights."""
 
+PAGE, LINE, GAP, WING = 700, 16, 10, 3
+"""Of the picture of the core: its width, a line of text and the gap between boxes in pixels; a wing is this many times
+as wide as a file."""
+STAGES = {
+    "schedule": "planned",
+    "protocol": "planned",
+    "run": "taken",
+    "store": "kept",
+    "ensemble": "averaged",
+    "lab": "shown",
+}
+"""What happens to a member where."""
+
 Scale = Callable[[float], float]
 
 
 def main() -> None:
-    """Write the picture that the README shows."""
-    path = Path(__file__).parent / "_static" / "schedule.svg"
-    path.write_text(readme_picture(), encoding="utf-8")
-    print(f"wrote {path}")
+    """Write the pictures that are committed."""
+    for name, picture in committed_pictures().items():
+        path = Path(__file__).parent / "_static" / name
+        path.write_text(picture, encoding="utf-8")
+        print(f"wrote {path}")
+
+
+def committed_pictures() -> dict[str, str]:
+    """Draw the pictures that are committed, by file name."""
+    return {"schedule.svg": readme_picture(), "architecture.svg": architecture_picture()}
 
 
 def readme_picture() -> str:
@@ -64,14 +86,14 @@ def pictures() -> dict[str, str]:
 def chart(*panels: tuple[str, Schedule], width: int = WIDTH) -> str:
     """Draw titled schedules beside each other: the rate of every update, and a flag at every snapshot."""
     parts: list[str] = []
-    for place, (title, schedule) in enumerate(panels):
-        parts += _panel(title, schedule, MARGIN + place * (width + MARGIN), width)
+    for index, (title, schedule) in enumerate(panels):
+        parts += _panel(title, schedule, MARGIN + index * (width + MARGIN), width)
     name = "; ".join(title for title, _ in panels if title) or "learning rate over the updates"
     return _svg(MARGIN + len(panels) * (width + MARGIN), TOP + HEIGHT + MARGIN, name, parts)
 
 
 def program_picture(program: Program) -> str:
-    """Draw a program: above its rates and snapshots, below its weights, in a new row wherever they start anew."""
+    """Draw a program: above its rates and snapshots, below its weights, in a new row wherever they start afresh."""
     x, base = _linear(MARGIN, SCALE), TOP + RATE
     y = _linear(base, -RATE / program.schedule.lr)
     row, begun, branch = base + ROW, 0, (0.0, 0)
@@ -94,6 +116,49 @@ def program_picture(program: Program) -> str:
                 parts.append(_line(f"M{x(begun) + 14:.1f} {row - 8}v16", GREY, 3))
     parts.append(_text(MARGIN, 14, f"{program.updates} updates"))
     return _svg(round(x(program.updates)) + MARGIN, row + ROW // 2 + 4, f"the program of {program.method}", parts)
+
+
+def architecture_picture() -> str:
+    """Draw who may import whom in the core: the layers that import-linter checks, the topmost first.
+
+    A wing, which is a folder, lists its own layers. The adapters are drawn beside the application: neither imports the
+    other.
+    """
+    rules = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]
+    layers = {
+        container: [re.split(r" *[|:] *", layer) for layer in contract["layers"]]
+        for contract in rules["contracts"]
+        if contract["type"] == "layers"
+        for container in contract["containers"]
+    }
+    core, *adapters = rules["root_packages"]
+    parts, y = [], 8
+    for layer in layers[core]:
+        boxes = [(name, [" · ".join(inner) for inner in layers.get(f"{core}.{name}", [])]) for name in layer]
+        if "lab" in layer:
+            boxes.append(("backends", adapters))
+        height = LINE * max(len(inner) for _, inner in boxes) + LINE + GAP
+        shares = [WING if inner else 1 for _, inner in boxes]
+        share, x = (PAGE - GAP * (len(boxes) - 1)) / sum(shares), float(MARGIN)
+        for (name, inner), weight in zip(boxes, shares, strict=True):
+            parts += _box(x, y, share * weight, height, name, inner)
+            x += share * weight + GAP
+        y += height + GAP
+    parts.append(_line(f"M16 8V{y - GAP}m-4 -7l4 7l4 -7", GREY, 1.5))
+    parts.append(_text(11, y / 2, "imports", "middle", turned=True))
+    return _svg(MARGIN + PAGE + GAP, y, "who may import whom in snapcore, and what happens to a member where", parts)
+
+
+def _box(x: float, y: float, width: float, height: float, name: str, inner: list[str]) -> Iterator[str]:
+    """Draw a file, or a folder with the lines that list what is in it."""
+    colour, dashes = (GREY, "none") if not inner else (BLUE, "4 3" if name == "backends" else "none")
+    size = f'x="{x:.1f}" y="{y}" width="{width:.1f}" height="{height}" rx="5"'
+    yield f'<rect {size} fill="none" stroke="{colour}" stroke-width="1.5" stroke-dasharray="{dashes}"/>'
+    yield _text(x + GAP, y + LINE + 1, f"{name}/" if inner else f"{name}.py", weight="600")
+    if name in STAGES:
+        yield _text(x + width - GAP, y + height - GAP + 1, STAGES[name], "end", colour=ORANGE)
+    for row, text in enumerate(inner, 2):
+        yield _text(x + GAP, y + row * LINE + 1, text)
 
 
 def _panel(title: str, schedule: Schedule, left: int, width: int) -> Iterator[str]:

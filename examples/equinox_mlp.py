@@ -27,7 +27,7 @@ model = eqx.nn.MLP(64, 10, width_size=64, depth=1, key=jax.random.key(0))
 state = tx.init(eqx.filter(model, eqx.is_array))
 
 
-@eqx.filter_jit(donate="all-except-first")  # the batch is the first; model and state are used again in place
+@eqx.filter_jit(donate="all-except-first")  # the batch comes first; the buffers of model and state are reused
 def train_step(data, model, state):
     def loss(model, inputs, targets):
         return optax.softmax_cross_entropy_with_integer_labels(jax.vmap(model)(inputs), targets).mean()

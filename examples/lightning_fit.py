@@ -1,7 +1,7 @@
 """Lightning's Trainer on scikit-learn's digits. One callback makes it an ensemble of five.
 
 Run it as `python examples/lightning_fit.py [directory]`; it takes a few seconds on a CPU. Kill it and run it again: it
-goes on at Lightning's checkpoint, and the ensemble is the same to the last bit. (`resume=False`: where there is no
+resumes from Lightning's checkpoint, and the ensemble is the same to the last bit. (`resume=False`: where there is no
 checkpoint yet, what an older run left is moved aside.)
 """
 

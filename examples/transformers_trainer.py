@@ -1,7 +1,7 @@
 """The Trainer of transformers, and a tiny one that reads digits as sentences. One callback makes it an ensemble.
 
 Run it as `python examples/transformers_trainer.py [directory]`; it takes some seconds on a CPU and downloads nothing.
-Kill it and run it again: it goes on at the Trainer's checkpoint, and the ensemble is the same to the last bit.
+Kill it and run it again: it resumes from the Trainer's checkpoint, and the ensemble is the same to the last bit.
 (`resume=False`: where there is no checkpoint yet, what an older run left is moved aside.)
 """
 
@@ -25,7 +25,7 @@ checkpoints.mkdir(parents=True, exist_ok=True)
 
 images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
 quarters = nn.functional.avg_pool2d(images.float().view(-1, 1, 8, 8), 2).flatten(1).round().long()
-sentences = quarters + 17 * torch.arange(16)  # 16 words, each a place and its brightness from 0 to 16
+sentences = quarters + 17 * torch.arange(16)  # 16 words, each a position and its brightness from 0 to 16
 x, x_test, y, y_test = train_test_split(sentences, labels, test_size=0.3, random_state=0)
 train = [{"input_ids": words, "labels": label} for words, label in zip(x, y, strict=True)]
 
@@ -58,7 +58,7 @@ arguments = TrainingArguments(
 callback = SnapshotCallback(directory / "members", cycles, resume=False)  # snapcore 2: the rates, and the snapshots
 trainer = Trainer(model, arguments, train_dataset=train, callbacks=[callback])
 trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints))
-# snapcore 3: the first member is young, and left out
+# snapcore 3: the first member, taken early in training, is left out
 ensemble = SnapshotEnsemble.load(directory / "members", model, last=3, output=lambda o: o.logits)
 
 with torch.inference_mode():

@@ -1,8 +1,8 @@
 """snapcore: train once, get M models.
 
-The names below need nothing but the standard library. The other rooms are imported by name:
-`snapcore.store`, `snapcore.ensemble`, `snapcore.metrics`, `snapcore.run`; the adapters are `snapcore_torch` and
-its siblings.
+The names below need nothing but the standard library. The other parts are imported by name: `snapcore.store`,
+`snapcore.ensemble`, `snapcore.metrics`, `snapcore.run`; the adapters are `snapcore_torch`, `snapcore_jax`,
+`snapcore_keras` and `snapcore_tensorflow`.
 """
 
 from snapcore.errors import (

@@ -1,6 +1,6 @@
 """What a framework must be able to do, and how one is found by name.
 
-A backend is a handful of pure verbs over a state of its own: every verb returns the state to go on with, which
+A backend is a handful of pure verbs over a state of its own. Every verb returns the state to use from then on, which
 is right for frameworks that change tensors in place and for those that cannot. An adapter does not inherit from
 `Backend`; the type checker compares the two.
 """
@@ -61,11 +61,11 @@ class Backend(Protocol[State]):
 
     @property
     def name(self) -> str:
-        """The name that members and entry points bear."""
+        """The name under which it is registered, and which its members record."""
         ...
 
     def about(self) -> str:
-        """Return a few words for people: the framework's version, and the device it would use."""
+        """Return a few words to print: the framework's version, and the device it would use."""
         ...
 
     @property
@@ -88,18 +88,18 @@ class Backend(Protocol[State]):
         ...
 
     def restore(self, state: State, tensors: "Tensors | None", *, optimizer: OptimizerState) -> State:
-        """Go on from `tensors` (None: the weights as they are), the optimizer's moments kept or reset."""
+        """Return the state with these weights (None: as they are), the optimizer's moments kept or reset."""
         ...
 
     def dump(self, state: State) -> "tuple[Pending | Tensors, dict[str, Any]]":
-        """Return a copy of all that training needs to go on exactly, as named tensors and plain JSON.
+        """Return a copy of all that an exact resume needs, as named tensors and plain JSON.
 
         The weights are among the tensors, each as `weights/` and the name that `capture` gives it.
         """
         ...
 
     def load(self, state: State, tensors: "Pending | Tensors", values: dict[str, Any]) -> State:
-        """Go on from what `dump` returned."""
+        """Return the state that `dump` copied."""
         ...
 
     def logits(self, state: State, x: "NDArray[Any]") -> "NDArray[np.float32]":
@@ -121,7 +121,7 @@ def load_backend(name: str) -> Backend[Any]:
     """Return the backend called `name`, importing its framework.
 
     Raises:
-        BackendNotFoundError: there is none, or its framework is not installed; the message says what to install.
+        BackendNotFoundError: none is registered, or its framework is missing; the message says what to install.
     """
     found = available_backends()
     if name not in found:

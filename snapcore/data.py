@@ -1,7 +1,7 @@
 """Training data in memory, and the order its batches come in.
 
-The order is a function of the seed and the step alone, so that every framework sees the same batches and a run
-that goes on after an interruption sees the ones it would have seen.
+The order is a function of the seed and the step alone, so that every framework sees the same batches, and a resumed
+run sees those that it would have seen without the interruption.
 """
 
 import functools
@@ -22,7 +22,7 @@ class TrainingData:
         x: inputs, shape [examples, …], any dtype.
         y: labels, integers in 0 … n_classes − 1, shape [examples].
         n_classes: how many classes there are.
-        batch_size: examples per update, 1 … examples. What an epoch has left over waits for another epoch's order.
+        batch_size: examples per update, 1 … examples. The rest of an epoch's order is dropped.
         seed: of the order.
 
     Raises:
@@ -59,11 +59,9 @@ class TrainingData:
         """
         whole = self.updates_per_epoch
         epochs = range(start // whole, -(-stop // whole)) if start < stop else ()
-        parts = [self._epoch(each)[max(start - each * whole, 0) : stop - each * whole] for each in epochs]
+        orders = ((each * whole, _order(self.seed, each, len(self.x), self.batch_size)) for each in epochs)
+        parts = [order[max(start - begin, 0) : stop - begin] for begin, order in orders]
         return np.concatenate(parts) if parts else np.empty((0, self.batch_size), np.int64)
-
-    def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        return _order(self.seed, epoch, len(self.x), self.batch_size)
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,15 +1,15 @@
 """A method is data, and a cursor walks it.
 
 A `Program` is two values: a schedule (the rate of every update, and when snapshots are due) and what
-happens between members. Read as a sequence it lists four kinds of instruction; a `Cursor` walks it one
-update, or many, at a time and says what is due. Nothing here touches a tensor, and one time axis is used
-throughout: `step` counts optimizer updates, from 0, and only goes up.
+happens between members. Read as a sequence it lists four kinds of instruction; a `Cursor` walks it, one
+update or many at a time, and says what is due. Nothing here touches a tensor. There is one time axis:
+`step` counts optimizer updates, from 0, and only goes up.
 """
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, cast, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 from snapcore.errors import ProtocolError, ScheduleError
 from snapcore.schedule import CosineCycles, Schedule, StepDecay, schedule_from_dict
@@ -45,9 +45,9 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """Go on from other weights: the `previous` ones, those of the `first` snapshot, or `fresh` ones.
+    """Continue from the `previous` weights, from those of the `first` snapshot, or from `fresh` ones.
 
-    `optimizer` says whether its moments are kept or reset; its count of updates never is.
+    `optimizer` says whether its moments are kept or reset; its count of updates is never reset.
     """
 
     source: Source
@@ -130,24 +130,6 @@ class Program(Sequence[Instruction]):
         return tuple(self)[index]
 
 
-@dataclass(frozen=True)
-class _Method:
-    schedule: Callable[..., Schedule]
-    between: Restart = NOTHING
-
-
-def _step_decay(lr: float, steps: int, cycles: int, *, snapshots: int = 1, **options: Any) -> StepDecay:  # noqa: ARG001
-    return StepDecay(lr, steps, snapshots=snapshots, **options)
-
-
-def _six_snapshots(lr: float, steps: int, cycles: int, *, snapshots: int = 6, **options: Any) -> StepDecay:
-    return _step_decay(lr, steps, cycles, snapshots=snapshots, **options)
-
-
-def _one_cycle(lr: float, steps: int, cycles: int, **options: Any) -> CosineCycles:  # noqa: ARG001
-    return CosineCycles(lr, steps, 1, **options)
-
-
 def _full_length_cycles(lr: float, steps: int, cycles: int, **options: Any) -> CosineCycles:
     try:
         total = operator.index(steps) * operator.index(cycles)
@@ -156,15 +138,17 @@ def _full_length_cycles(lr: float, steps: int, cycles: int, **options: Any) -> C
     return CosineCycles(lr, total, cycles, **options)
 
 
-_METHODS = {
-    "single": _Method(_step_decay),
-    "cosine": _Method(_one_cycle),
-    "nocycle": _Method(_six_snapshots),
-    "snapshot": _Method(CosineCycles),
-    "singlecycle": _Method(CosineCycles, Restart("fresh", "reset")),
-    "independent": _Method(_full_length_cycles, Restart("fresh", "reset")),
-    "star": _Method(CosineCycles, Restart("first", "reset")),
+_METHODS: dict[str, tuple[Callable[..., Schedule], Restart]] = {
+    "single": (lambda lr, steps, _, **options: StepDecay(lr, steps, **options), NOTHING),
+    "cosine": (lambda lr, steps, _, **options: CosineCycles(lr, steps, 1, **options), NOTHING),
+    "nocycle": (lambda lr, steps, _, **options: StepDecay(lr, steps, **{"snapshots": 6, **options}), NOTHING),
+    "snapshot": (CosineCycles, NOTHING),
+    "singlecycle": (CosineCycles, Restart("fresh", "reset")),
+    "independent": (_full_length_cycles, Restart("fresh", "reset")),
+    "star": (CosineCycles, Restart("first", "reset")),
 }
+"""Each method's schedule, made of the rate, the budget and the number of cycles, and what happens between members."""
+
 METHODS = tuple(_METHODS)
 
 
@@ -205,8 +189,8 @@ def program(method: str, *, lr: float, steps: int, cycles: int, **schedule_optio
     """
     if method not in _METHODS:
         raise ProtocolError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    kind = _METHODS[method]
-    return Program(method, kind.schedule(lr, steps, cycles, **schedule_options), kind.between)
+    schedule, between = _METHODS[method]
+    return Program(method, schedule(lr, steps, cycles, **schedule_options), between)
 
 
 def program_from_dict(values: Mapping[str, Any]) -> Program:
@@ -215,9 +199,10 @@ def program_from_dict(values: Mapping[str, Any]) -> Program:
     Raises:
         ProtocolError, ScheduleError: a name is missing or unknown, or a value is out of range.
     """
-    names = {"method", "schedule", "between"}
-    if values.keys() != names or not all(isinstance(values[name], Mapping) for name in names - {"method"}):
-        raise ProtocolError(f"a program has the names {sorted(names)}, the last two objects; got {dict(values)!r}")
+    objects = {name for name, value in values.items() if isinstance(value, Mapping)}
+    if values.keys() != {"method", "schedule", "between"} or not {"schedule", "between"} <= objects:
+        kinds = {name: type(value).__name__ for name, value in values.items()}
+        raise ProtocolError(f"a program has a method and the objects schedule and between, got {kinds}")
     between = dict(values["between"])
     if between.keys() != {"source", "optimizer"}:
         raise ProtocolError(f"between has the names source and optimizer, got {sorted(between)}")
@@ -241,10 +226,10 @@ def as_program(schedule_or_program: Schedule | Program) -> Program:
 
 
 class Cursor:
-    """A place in a program, moved by real updates; what it returns is due now.
+    """A position in a program, moved by real updates; what it returns is due now.
 
-    `advance` is pure bookkeeping: it either moves and returns what is due, or raises and leaves the place
-    as it was. The place is the whole state, so resuming is setting it.
+    `advance` is pure bookkeeping: it either moves and returns what is due, or raises and leaves the cursor
+    as it was. The position is the whole state, so resuming means setting it.
 
     Arguments:
         schedule_or_program: a schedule alone means its snapshots, and nothing in between.
@@ -267,8 +252,9 @@ class Cursor:
         """Updates done."""
         self.taken = 0
         """Members so far."""
-        self._last = 0
-        self._stopped: str | None = None
+        self.stopped: str | None = None
+        """Why the program has stopped, or None."""
+        self._last = 0  # the step of the last member
         self._due = self.schedule.snapshot_steps[0]
 
     @property
@@ -279,17 +265,12 @@ class Cursor:
     @property
     def until_next(self) -> int:
         """Updates until something is due; 0 once the program has stopped."""
-        return 0 if self._stopped is not None else self._due - self.step
+        return 0 if self.stopped is not None else self._due - self.step
 
     @property
     def finished(self) -> bool:
         """Whether the program has stopped."""
-        return self._stopped is not None
-
-    @property
-    def stopped(self) -> str | None:
-        """The reason it stopped, or None."""
-        return self._stopped
+        return self.stopped is not None
 
     @property
     def at_member(self) -> bool:
@@ -297,7 +278,7 @@ class Cursor:
         return self.taken > 0 and self._last == self.step
 
     def advance(self, n: int = 1, *, late: Literal["raise", "take"] = "raise") -> tuple[Event, ...]:
-        """Move on by `n` real updates and return what is due now, in order; usually nothing.
+        """Advance by `n` real updates and return what is due now, in order; usually nothing.
 
         Arguments:
             n: updates done since the last call, 0 or more.
@@ -306,13 +287,13 @@ class Cursor:
 
         Raises:
             ProtocolError: `n` reaches past a boundary and was not allowed to, is negative or no integer,
-                or the program has stopped. The place is unchanged.
+                or the program has stopped. The cursor is unchanged.
         """
         if n.__class__ is not int or n < 0:
             n = _updates(n)
-        if n and self._stopped is not None:
+        if n and self.stopped is not None:
             raise ProtocolError(
-                f"the program stopped after {self.step} updates ({self._stopped}), got {n} more: leave the loop when "
+                f"the program stopped after {self.step} updates ({self.stopped}), got {n} more: leave the loop when "
                 "it is finished, or make a schedule with more steps"
             )
         step = self.step + n
@@ -322,9 +303,16 @@ class Cursor:
         if step > self._due and late != "take":
             raise ProtocolError(
                 f"a snapshot is due after update {self._due}, but {n} updates at once lead from {self.step} to {step}: "
-                f"advance by at most until_next={self.until_next}, or say late='take' for one late snapshot"
+                f"advance by at most until_next={self.until_next}, or pass late='take' for one late snapshot"
             )
-        return self._arrive(step)
+        self.step = step
+        if step >= self.schedule.steps:
+            self.stopped = FINISHED
+            return self._snapshot(self.schedule.steps), Stop(FINISHED)
+        cycle = self.schedule.cycle_at(step)
+        snapshot = self._snapshot(self.schedule.snapshot_steps[cycle - 1])
+        self._due = self.schedule.snapshot_steps[cycle]
+        return (snapshot,) if self.program.between == NOTHING else (snapshot, self.program.between)
 
     def finish(self, reason: str) -> tuple[Event, ...]:
         """End early: an unfinished snapshot if an update was done since the last one, then `Stop`.
@@ -333,46 +321,35 @@ class Cursor:
         """
         if self.finished:
             return ()
-        self._stopped = reason
+        self.stopped = reason
         if self.step == self._last:
             return (Stop(reason),)
         return replace(self._snapshot(self.step), unfinished=True), Stop(reason)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place as plain JSON."""
-        return {"step": self.step, "taken": self.taken, "last": self._last, "stopped": self._stopped}
+        """Return the position as plain JSON."""
+        return {"step": self.step, "taken": self.taken, "last": self._last, "stopped": self.stopped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Set the place.
+        """Set the position.
 
         Raises:
-            ProtocolError: `state` is no place in this program; the cursor is unchanged.
+            ProtocolError: `state` is no position in this program; the cursor is unchanged.
         """
-        step, taken, last, stopped = (state.get(name) for name in ("step", "taken", "last", "stopped"))
-        counts = all(type(value) is int for value in (step, taken, last)) and isinstance(stopped, str | None)
-        step, taken, last = cast("tuple[int, int, int]", (step, taken, last))
-        if not counts or not self._leads_to(step, taken, last, stopped is not None):
-            raise ProtocolError(f"no place in a program of {self.program.updates} updates: {dict(state)!r}")
-        self.step, self.taken, self._last, self._stopped = step, taken, last, cast("str | None", stopped)
+        values: list[Any] = [state.get(name) for name in ("step", "taken", "last", "stopped")]
+        step, taken, last, stopped = values
+        reached = all(type(value) is int for value in values[:3]) and isinstance(stopped, str | None)
+        if reached:
+            # Every boundary passed has a member, though late ones may share it; only a stopped cursor may have more.
+            boundaries = self.schedule.snapshot_steps
+            passed, settled = (sum(due <= until for due in boundaries) for until in (step, last))
+            ended = stopped is not None
+            reached = 0 <= last <= step and (taken > 0) == (last > 0) and 0 <= taken <= passed + ended
+            reached = reached and (last == step if ended else passed == settled < len(boundaries))
+        if not reached:
+            raise ProtocolError(f"state must be a position in a program of {self.program.updates} updates, got {state}")
+        self.step, self.taken, self._last, self.stopped = step, taken, last, stopped
         self._due = self.schedule.snapshot_steps[self.schedule.cycle_at(step)]
-
-    def _leads_to(self, step: int, taken: int, last: int, stopped: bool) -> bool:
-        """Tell whether a walk can come there: every boundary passed has a member, though late ones may share it."""
-        boundaries = self.schedule.snapshot_steps
-        passed, settled = (sum(due <= place for due in boundaries) for place in (step, last))
-        if not 0 <= last <= step or (taken > 0) != (last > 0) or not 0 <= taken <= passed + stopped:
-            return False
-        return last == step if stopped else passed == settled < len(boundaries)
-
-    def _arrive(self, step: int) -> tuple[Event, ...]:
-        self.step = step
-        if step >= self.schedule.steps:
-            self._stopped = FINISHED
-            return self._snapshot(self.schedule.steps), Stop(FINISHED)
-        cycle = self.schedule.cycle_at(step)
-        snapshot = self._snapshot(self.schedule.snapshot_steps[cycle - 1])
-        self._due = self.schedule.snapshot_steps[cycle]
-        return (snapshot,) if self.program.between == NOTHING else (snapshot, self.program.between)
 
     def _snapshot(self, due: int) -> Snapshot:
         self.taken, self._last = self.taken + 1, self.step

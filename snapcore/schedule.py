@@ -1,4 +1,4 @@
-"""Step -> learning rate, and when snapshots are due: the one place where the formula is written.
+"""Step -> learning rate, and when snapshots are due: the formula is written here and nowhere else.
 
 A schedule is a frozen value. `schedule(step)` evaluates it with Python's own arithmetic;
 `schedule.bind(ops)` gives the same function over any framework's operations, traced or vectorised.
@@ -20,8 +20,8 @@ from snapcore.errors import CycleWarning, ScheduleError
 
 Remainder = Literal["paper", "even"]
 
-_ANNEALED = 0.01  # a member taken above this share of the peak was not taken at the end of an annealing
-_SHORTEST_ANNEALED = 16  # the shortest cycle whose last rate, sin²(π/2L) of the peak, is within that share
+_ANNEALED = 0.01  # the most that is left of lr - lr_min at the end of an annealing
+_SHORTEST = 16  # the shortest cycle that anneals so far: its last rate is sin²(π/2L) of the way up
 
 
 class Ops(Protocol):
@@ -49,10 +49,13 @@ class _Python:
 
 
 class Schedule:
-    """What every schedule can do; a subclass says `_formula`, `cycle_at` and `cycle_starts`."""
+    """What every schedule can do; a subclass defines `_formula`, `_check`, `cycle_at` and `cycle_starts`."""
 
     lr: float
     steps: int
+
+    def __post_init__(self) -> None:
+        self._check()
 
     def __call__(self, step: int) -> float:
         """Return the rate of the update about to be done after `step` updates.
@@ -92,12 +95,18 @@ class Schedule:
         return (lambda step: rate(minimum(-minimum(-step, 0), last))) if clamped else rate
 
     def cycle_at(self, step: int) -> int:
-        """Return the 0-based cycle that update number `step` belongs to; 0 during warm-up."""
+        """Return the 0-based cycle that update number `step` belongs to; 0 during warm-up.
+
+        Where the rate has no cycles, the updates between two snapshots count as one.
+
+        Raises:
+            ScheduleError: `step` is negative or no integer.
+        """
         raise NotImplementedError
 
     @functools.cached_property
     def cycle_starts(self) -> tuple[int, ...]:
-        """The step at which each cycle begins."""
+        """The step at which each cycle begins; the first one follows the warm-up."""
         raise NotImplementedError
 
     @property
@@ -112,9 +121,8 @@ class Schedule:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the schedule as plain JSON, for `schedule_from_dict`."""
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values}
-        return {"kind": type(self).__name__, **plain}
+        values = self.__getstate__().items()
+        return {"kind": type(self).__name__, **{n: list(v) if isinstance(v, tuple) else v for n, v in values}}
 
     @functools.cached_property
     def _rate(self) -> Callable[[Any], Any]:
@@ -131,7 +139,10 @@ class Schedule:
         raise NotImplementedError
 
     def _check(self) -> None:
-        raise NotImplementedError
+        lr, steps = _rate_value("lr", self.lr), _whole("steps", self.steps)
+        _require(lr > 0, f"lr must be above 0, got {lr}")
+        _require(steps >= 1, f"steps must be 1 or more, got {steps}: count optimizer updates, epochs * len(loader)")
+        self._set(lr=lr, steps=steps)
 
 
 @dataclass(frozen=True)
@@ -181,9 +192,28 @@ class CosineCycles(Schedule):
     remainder: Remainder = "paper"
 
     def __post_init__(self) -> None:
-        self._check()
-        if self.remainder == "paper":
-            self._warn_unless_annealed()
+        super().__post_init__()
+        made, final, left = _ending(self.steps - self.warmup_steps, self.cycles)
+        left = left if self.lr > self.lr_min else 0.0
+        if self.remainder == "even" or (made == self.cycles and left <= _ANNEALED):
+            return
+        long = self._layout[0]
+        start = max(self.steps - self.warmup_steps, _SHORTEST * self.cycles)
+        near = (n for distance in range(self.cycles + 1) for n in (start - distance, start + distance))
+        fit = self.warmup_steps + next(n for n in near if _anneals(n, self.cycles))
+        if made == self.cycles and final == long:
+            problem = (
+                f"makes cycles of length {long}, which end {left:.1%} above lr_min; {_SHORTEST} updates or more end "
+                f"within {_ANNEALED:.0%}: the nearest steps are {fit}"
+            )
+        else:
+            missing = f"only {made} run, and " if made < self.cycles else ""
+            even = ', or pass remainder="even"' if long >= _SHORTEST else ""
+            problem = (
+                f"does not fit {self.cycles} cycles: {missing}the last, {final} of {long} updates, ends {left:.0%} "
+                f"above lr_min; the nearest steps that fit are {fit}{even}"
+            )
+        warnings.warn(f"steps={self.steps} {problem}", CycleWarning, stacklevel=3)
 
     def _formula(self, ops: Ops) -> Callable[[Any], Any]:
         where, mod, real = ops.where, ops.mod, ops.real
@@ -192,16 +222,13 @@ class CosineCycles(Schedule):
         middle = warmup + split
         floor, half = self.lr_min, (self.lr - self.lr_min) / 2
 
-        def place(step: Any) -> tuple[Any, Any]:
-            """Return the updates done in this cycle, and the cycle's length."""
-            if middle == self.steps:
-                return mod(step - warmup if warmup else step, long), long
-            first = step < middle
-            length = where(first, long, short)
-            return mod(step - where(first, warmup, middle), length), real(length)
-
         def annealed(step: Any) -> Any:
-            k, length = place(step)
+            if middle == self.steps:
+                k, length = mod(step - warmup if warmup else step, long), long
+            else:
+                first = step < middle
+                length = where(first, long, short)
+                k, length = mod(step - where(first, warmup, middle), length), real(length)
             above = half * (ops.cos(pi * real(k) / length) + 1)
             return floor + above if floor else above
 
@@ -211,18 +238,12 @@ class CosineCycles(Schedule):
         return rate if warmup else annealed
 
     def cycle_at(self, step: int) -> int:
-        """Return the 0-based cycle that update number `step` belongs to; 0 during warm-up.
-
-        Raises:
-            ScheduleError: `step` is negative or no integer.
-        """
         long, short, split = self._layout
         k = min(_update_count(step), self.steps - 1) - self.warmup_steps
         return max(k, 0) // long if k < split else split // long + (k - split) // short
 
     @functools.cached_property
     def cycle_starts(self) -> tuple[int, ...]:
-        """The step at which each cycle begins; the first is `warmup_steps`."""
         long, short, split = self._layout
         begin, middle = self.warmup_steps, self.warmup_steps + split
         return (*range(begin, middle, long), *range(middle, self.steps, short))
@@ -236,45 +257,16 @@ class CosineCycles(Schedule):
         return long, short, updates if self.remainder == "paper" or not longer else longer * long
 
     def _check(self) -> None:
-        lr, lr_min = _rate_value("lr", self.lr), _rate_value("lr_min", self.lr_min)
-        steps, cycles = _whole("steps", self.steps), _whole("cycles", self.cycles)
-        warmup = _whole("warmup_steps", self.warmup_steps)
-        _require(lr > 0, f"lr must be above 0, got {lr}")
-        _require(lr_min <= lr, f"lr_min must be in 0..lr={lr}, got {lr_min}")
-        _require(steps >= 1, f"steps must be 1 or more, got {steps}: count optimizer updates, epochs * len(loader)")
+        super()._check()
+        lr_min, steps = _rate_value("lr_min", self.lr_min), self.steps
+        cycles, warmup = _whole("cycles", self.cycles), _whole("warmup_steps", self.warmup_steps)
+        _require(lr_min <= self.lr, f"lr_min must be in 0..lr={self.lr}, got {lr_min}")
         _require(0 <= warmup < steps, f"warmup_steps must be in 0..steps-1={steps - 1}, got {warmup}")
         room = f"steps={steps}" if warmup == 0 else f"steps-warmup_steps={steps - warmup}"
         _require(1 <= cycles <= steps - warmup, f"cycles must be in 1..{room}, got {cycles}")
         choices = get_args(Remainder)
         _require(self.remainder in choices, f"remainder must be one of {choices}, got {self.remainder!r}")
-        self._set(lr=lr, lr_min=lr_min, steps=steps, cycles=cycles, warmup_steps=warmup)
-
-    def _warn_unless_annealed(self) -> None:
-        made, long = len(self.cycle_lengths), self._layout[0]
-        span = self.lr - self.lr_min
-        left = (self(self.steps - 1) - self.lr_min) / span if span else 0.0
-        if made == self.cycles and left <= _ANNEALED:
-            return
-        facts = f"only {made} of the {self.cycles} cycles take place, and " if made < self.cycles else ""
-        even = "" if long < _SHORTEST_ANNEALED else ', or pass remainder="even"'
-        warnings.warn(
-            f"steps={self.steps} does not fit {self.cycles} cycles: {facts}the last one, {self.cycle_lengths[-1]} of "
-            f"{long} updates, ends {left:.0%} above lr_min; the nearest steps that fit are {self._nearest_fit()}{even}",
-            CycleWarning,
-            stacklevel=4,
-        )
-
-    def _nearest_fit(self) -> int:
-        updates = self.steps - self.warmup_steps
-        start = max(updates, _SHORTEST_ANNEALED * self.cycles)
-        near = (max(start + side * d, 1) for d in range(self.cycles + 1) for side in (-1, 1))
-        return self.warmup_steps + next(n for n in near if self._fits(n))
-
-    def _fits(self, updates: int) -> bool:
-        long = -(-updates // self.cycles)
-        made = -(-updates // long)
-        final = updates - (made - 1) * long
-        return made == self.cycles and (math.cos(math.pi * (final - 1) / long) + 1) / 2 <= _ANNEALED
+        self._set(lr_min=lr_min, cycles=cycles, warmup_steps=warmup)
 
 
 @dataclass(frozen=True)
@@ -309,9 +301,6 @@ class StepDecay(Schedule):
     factor: float = 0.1
     snapshots: int = 1
 
-    def __post_init__(self) -> None:
-        self._check()
-
     def _formula(self, ops: Ops) -> Callable[[Any], Any]:
         # Rounding first: 0.07 · 100 is 7, though floating point makes it 7.000000000000001.
         boundaries = [math.ceil(round(share * self.steps, 6)) for share in self.milestones]
@@ -326,30 +315,22 @@ class StepDecay(Schedule):
         return rate
 
     def cycle_at(self, step: int) -> int:
-        """Return the 0-based stretch between snapshots that update number `step` belongs to.
-
-        Raises:
-            ScheduleError: `step` is negative or no integer.
-        """
         return min(_update_count(step), self.steps - 1) * self.snapshots // self.steps
 
     @functools.cached_property
     def cycle_starts(self) -> tuple[int, ...]:
-        """The step at which each stretch between snapshots begins."""
         return tuple(-(-k * self.steps // self.snapshots) for k in range(self.snapshots))
 
     def _check(self) -> None:
-        lr, factor = _rate_value("lr", self.lr), _rate_value("factor", self.factor)
-        steps, snapshots = _whole("steps", self.steps), _whole("snapshots", self.snapshots)
+        super()._check()
+        factor, snapshots = _rate_value("factor", self.factor), _whole("snapshots", self.snapshots)
         _require(isinstance(self.milestones, Iterable), f"milestones must be shares in 0..1, got {self.milestones!r}")
         milestones = tuple(_rate_value("milestones", share) for share in self.milestones)
-        _require(lr > 0, f"lr must be above 0, got {lr}")
         _require(factor > 0, f"factor must be above 0, got {factor}")
-        _require(steps >= 1, f"steps must be 1 or more, got {steps}: count optimizer updates, epochs * len(loader)")
-        _require(1 <= snapshots <= steps, f"snapshots must be in 1..steps={steps}, got {snapshots}")
+        _require(1 <= snapshots <= self.steps, f"snapshots must be in 1..steps={self.steps}, got {snapshots}")
         ascending = all(a <= b for a, b in zip((0.0, *milestones), (*milestones, 1.0), strict=True))
         _require(ascending, f"milestones must be shares in 0..1, not descending, got {milestones}")
-        self._set(lr=lr, factor=factor, steps=steps, snapshots=snapshots, milestones=milestones)
+        self._set(factor=factor, snapshots=snapshots, milestones=milestones)
 
 
 def schedule_from_dict(values: Mapping[str, Any]) -> Schedule:
@@ -372,6 +353,19 @@ def schedule_from_dict(values: Mapping[str, Any]) -> Schedule:
     schedule._set(**given)
     schedule._check()
     return schedule
+
+
+def _ending(updates: int, cycles: int) -> tuple[int, int, float]:
+    """Return how equation 2 ends: the cycles made, the last one's length, and the share of lr - lr_min left there."""
+    long = -(-updates // cycles)
+    made = -(-updates // long)
+    final = updates - (made - 1) * long
+    return made, final, (math.cos(math.pi * (final - 1) / long) + 1) / 2
+
+
+def _anneals(updates: int, cycles: int) -> bool:
+    made, _, left = _ending(updates, cycles)
+    return made == cycles and left <= _ANNEALED
 
 
 def _require(holds: bool, message: str) -> None:

@@ -20,7 +20,7 @@ class Forked:
 
     Arguments:
         log: what it says goes to the end of this file, and to the end of the same with `.errors`.
-        strict: whether its warnings are errors, but for that of cycles that do not fit.
+        strict: whether its warnings are errors, but for that of cycles that are short.
         environment: on top of this process's own; None takes a variable away.
     """
 
@@ -70,7 +70,7 @@ def become(script, arguments, log, strict, environment):
         os.close(opened)
     if strict:
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "steps=12 does not fit")
+        warnings.filterwarnings("ignore", "steps=12 makes cycles of length")
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 

@@ -156,10 +156,33 @@ def test_every_command_is_described_with_its_help():
         assert f"_build/made/help-{command.callback.__name__}.txt" in text
 
 
-def test_the_picture_in_the_readme_is_what_the_code_draws():
-    drawn = runpy.run_path(str(ROOT / "docs" / "draw.py"))["readme_picture"]()
-    kept = (ROOT / "docs" / "_static" / "schedule.svg").read_text(encoding="utf-8")
-    assert kept == drawn, "run python docs/draw.py"
+def test_the_pictures_that_are_committed_are_what_the_code_draws():
+    drawn = runpy.run_path(str(ROOT / "docs" / "draw.py"))["committed_pictures"]()
+    committed = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "_static").glob("*.svg")}
+    assert committed == drawn, "run python docs/draw.py"
+
+
+def test_the_picture_of_the_core_has_every_module_and_every_import_in_it_points_downwards():
+    picture = ElementTree.parse(ROOT / "docs" / "_static" / "architecture.svg")
+    height = {text.text: float(text.get("y")) for text in picture.iter("{http://www.w3.org/2000/svg}text")}
+    core = ROOT / "snapcore"
+    files = {path.stem: [path] for path in core.glob("*.py") if path.stem != "__init__"}
+    wings = {path.parent.name: list(path.parent.rglob("*.py")) for path in core.glob("*/__init__.py")}
+    boxes = {**{name: f"{name}.py" for name in files}, **{name: f"{name}/" for name in wings}}
+    assert set(boxes.values()) == {name for name in height if name.endswith((".py", "/"))} - {"backends/"}
+    for name, sources in {**files, **wings}.items():
+        text = "\n".join(source.read_text(encoding="utf-8") for source in sources)
+        for imported in set(re.findall(r"^ *(?:from|import) snapcore\.(\w+)", text, re.MULTILINE)) - {name}:
+            assert height[boxes[name]] < height[boxes[imported]], (name, imported)
+
+
+def test_the_page_on_the_architecture_walks_by_every_stage_and_every_door():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    stages = runpy.run_path(str(ROOT / "docs" / "draw.py"))["STAGES"]
+    life = re.findall(r"^\*\*(\w+)\*\* \((.*?)\)\.", page, re.MULTILINE)
+    assert {name: stage.lower() for stage, where in life for name in re.findall(r"`(\w+)", where)} == stages
+    for path in (ROOT / "snapcore").glob("*/__init__.py"):
+        assert f"door is `snapcore.{path.parent.name}`" in " ".join(page.split())
 
 
 @pytest.mark.parametrize("method", METHODS)

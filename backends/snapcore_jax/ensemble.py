@@ -1,6 +1,6 @@
 """Several members, one function: the mean of their probabilities."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from snapcore import DataError, StoreError
+from snapcore import DataError
 from snapcore.ensemble import (
     ALREADY_PROBABILITIES,
     ROUNDS,
@@ -17,12 +17,15 @@ from snapcore.ensemble import (
     Directory,
     TuningReport,
     are_probabilities,
+    check_activation,
+    check_members,
+    check_strategy,
     member_files,
     refuse_one_output,
     tune,
 )
 from snapcore.store import map_tensors
-from snapcore_jax.strategies import STRATEGIES, Batch, Found, Still, Strategy, Weights, apart
+from snapcore_jax.strategies import STRATEGIES, Batch, Found, Weights, partition
 from snapcore_jax.trees import with_leaves
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -78,14 +81,22 @@ class SnapshotEnsemble:
         output: Callable[[Any], jax.Array] | None = None,
         strategy: str = "loop",
     ) -> None:
-        if isinstance(activation, str) and activation not in _ACTIVATIONS:
-            raise DataError(f"activation must be one of {sorted(_ACTIVATIONS)} or a callable, got {activation!r}")
+        check_activation(activation)
+        check_strategy(strategy, STRATEGIES)
         self._activation = _ACTIVATIONS[activation] if isinstance(activation, str) else activation
         self._apply, self._output = apply_fn, output
-        self._members, self._still = _alike([apart(member) for member in members])
+        parts = [partition(member) for member in members]
+        check_members(parts)
+        self._members, self._static = [weights for weights, _ in parts], parts[0][1]
+        for number, (_, static) in enumerate(parts, 1):
+            if static != self._static:
+                raise DataError(
+                    f"members must differ in the values of arrays alone, but member {number} has another structure "
+                    "than the first, or other values that are no arrays: make those arrays"
+                )
         self._softmax = self._unchecked = activation == "softmax"
         self._strategy = strategy
-        self._run = self._made(strategy)
+        self._run = STRATEGIES[strategy](self._member, self._members)
 
     @classmethod
     def load(
@@ -104,8 +115,8 @@ class SnapshotEnsemble:
         Arguments:
             directories: a run directory, or several; every file is checked against its digest.
             apply_fn: gives one member's outputs in evaluation mode, see `SnapshotEnsemble`.
-            like: variables with the structure, shapes, dtypes and places that the members are to have: a model, or
-                what `jax.eval_shape` tells of one. Random keys in it are every member's.
+            like: variables with the structure, shapes, dtypes and shardings that the members are to have: a model, or
+                what `jax.eval_shape` gives of one. Random keys in it are every member's.
             last: how many members of each run, counted from its end; default all. Unfinished ones are left out.
             activation: from outputs to probabilities, see `SnapshotEnsemble`.
             output: picks the array when `apply_fn` returns something else.
@@ -141,11 +152,11 @@ class SnapshotEnsemble:
             DataError: softmax cannot be right, since the first batch's outputs already are probabilities, or there is
                 one output.
         """
-        return self._checked(self._run.mean(apart((args, kwargs))))
+        return self._checked(self._run.mean(partition((args, kwargs))))
 
     def members(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Return each member's probabilities, shape [members, batch, …]."""
-        return self._checked(self._run.each(apart((args, kwargs))))
+        return self._checked(self._run.each(partition((args, kwargs))))
 
     def tune(self, *args: Any, tolerance: float = TOLERANCE, rounds: int = ROUNDS, **kwargs: Any) -> TuningReport:
         """Measure every strategy on a batch, keep the fastest that gives what the loop gives, and return the report.
@@ -157,38 +168,30 @@ class SnapshotEnsemble:
                 rounds slow strategies are passed over, and 2 s end it.
             **kwargs: as for a call.
         """
-        batch, made = apart((args, kwargs)), {self._strategy: self._run}
+        batch, made = partition((args, kwargs)), {self._strategy: self._run}
 
         def run(name: str) -> jax.Array:
             if name not in made:
-                made[name] = self._made(name)
+                made[name] = STRATEGIES[name](self._member, self._members)
             return self._checked(made[name].mean(batch)).block_until_ready()
 
         report = tune(run, list(STRATEGIES), to_host=np.asarray, tolerance=tolerance, rounds=rounds)
         self._strategy, self._run = report.chosen, made[report.chosen]
         return report
 
-    def _made(self, strategy: str) -> Strategy:
-        if strategy not in STRATEGIES:
-            raise DataError(f"strategy must be one of {list(STRATEGIES)}, got {strategy!r}")
-        return STRATEGIES[strategy](self._member, self._members)
-
     def _member(self, weights: Weights, batch: Batch) -> Found:
-        arrays, still = batch
-        args, kwargs = still.whole(arrays)
-        outputs = self._apply(self._still.whole(weights), *args, **kwargs)
+        arrays, static = batch
+        args, kwargs = static.combine(arrays)
+        outputs = self._apply(self._static.combine(weights), *args, **kwargs)
         if self._output is not None:
             outputs = self._output(outputs)
-        suspect = self._suspect(outputs) if self._softmax else False
+        suspect: Any = False
+        if self._softmax:
+            refuse_one_output(outputs.shape)
+            if jnp.issubdtype(outputs.dtype, jnp.floating):
+                suspect = are_probabilities(outputs.astype(jnp.float32), half=outputs.dtype in _HALF)
         probabilities = self._activation(outputs.astype(jnp.float32) if outputs.dtype in _HALF else outputs)
         return probabilities, jnp.asarray(suspect)
-
-    @staticmethod
-    def _suspect(outputs: jax.Array) -> Any:
-        refuse_one_output(outputs.shape)
-        if not jnp.issubdtype(outputs.dtype, jnp.floating):
-            return False
-        return are_probabilities(outputs.astype(jnp.float32), half=outputs.dtype in _HALF)
 
     def _checked(self, found: Found) -> jax.Array:
         probabilities, suspect = found
@@ -204,20 +207,7 @@ def _loaded(file: Path, like: Any) -> Any:
     for name, array in tensors.items():
         if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
             raise DataError(
-                f"{name!r} of {file} is {array.dtype}, which JAX would cut down now: "
+                f"{name!r} of {file} is {array.dtype}, which JAX would truncate: "
                 "call jax.config.update('jax_enable_x64', True) first"
             )
     return with_leaves(like, tensors, str(file), random=False)
-
-
-def _alike(parts: Sequence[tuple[Weights, Still]]) -> tuple[list[Weights], Still]:
-    if not parts:
-        raise StoreError("an ensemble needs at least one finished member, got none")
-    _, first = parts[0]
-    for number, (_, still) in enumerate(parts, 1):
-        if still != first:
-            raise DataError(
-                f"members must differ in the values of arrays alone, but member {number} has another structure than "
-                "the first, or other values that are no arrays: make those arrays"
-            )
-    return [weights for weights, _ in parts], first

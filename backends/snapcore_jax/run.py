@@ -7,8 +7,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
 from snapcore import Program, ProtocolError, Schedule
-from snapcore.protocol import Event, Restart
-from snapcore.run import AGREE_EVERY, Calls, Ending, FollowedLoader, Recorder, restart_weights
+from snapcore.protocol import OptimizerState
+from snapcore.run import CountedRun, Recorder
 from snapcore.store import Tensors, read_point
 from snapcore_jax.counting import Optimizer, read_count, with_new_moments
 from snapcore_jax.distributed import own_group
@@ -80,29 +80,26 @@ class SnapshotRun:
         init: Callable[[int], Any] | None = None,
         optimizer: Optimizer | None = None,
     ) -> None:
-        _check_needs(cycles_or_program, init, optimizer)
-        self._init, self._optimizer = init, optimizer
-        self._group = own_group()
+        _check_needs(cycles_or_program, optimizer)
+        self._optimizer = optimizer
         self._recorder = Recorder(
             directory,
             cycles_or_program,
-            self._Source(self),
+            self._Source(self, init),
             framework="jax",
             resume=resume,
             resume_every=resume_every,
-            group=self._group,
+            group=own_group(),
         )
         self._cursor = self._recorder.cursor
-        self._calls = Calls(self._cursor, (resume_every, AGREE_EVERY if self._group else None))
-        self._ending = Ending(self._recorder, self._calls, self._look)
+        self._counted = CountedRun(self._recorder, self._read_count, hands_back=True)
         self._variables = self._rest = _MISSING
         self._begun, self._resumable = False, True
-        self._before: int | None = None  # what the optimizer had counted when this run had done no update
 
     @property
     def updates(self) -> int:
         """Updates done, as of the last `step`; asking waits for that update."""
-        return self._cursor.step + (0 if self._ending.reached else self._new_updates())
+        return self._counted.updates if self._counted.waiting else self._cursor.step
 
     @property
     def finished(self) -> bool:
@@ -138,7 +135,7 @@ class SnapshotRun:
         if self._begun:
             raise ProtocolError("run.start is called once, before the first run.step")
         self._begin(variables, rest)
-        self._restart(self._recorder.start())
+        self._recorder.start()
         if self._resumable:
             self._find_count()
         return self._held()
@@ -163,16 +160,14 @@ class SnapshotRun:
             StoreError, DivergedError: an earlier member could not be written or was refused.
             SystemExit: with code 143, after a SIGTERM and its resume point.
         """
-        looks = self._calls.next_may_be_due() or self._recorder.told_to_end
-        if looks:
+        if self._counted.may_be_due() or self._recorder.asked_to_stop:
             refuse_unusable(_parts(variables, rest))
         self._take_in(variables, rest)
-        self._calls.add()
         self._recorder.epochs.settle()
-        if not looks:
+        if not self._counted.call():
             self._recorder.record(0)  # raises what the writer has met
             return self._held()
-        self._restart(self._look())
+        self._counted.look()
         held = self._held()
         if self.finished:
             self._let_go()
@@ -184,12 +179,12 @@ class SnapshotRun:
         The order is exact if it depends on the random states of NumPy or Python, on a sampler's `set_epoch`, or on
         nothing.
         """
-        return self._recorder.batches(FollowedLoader(loader, self._catch_up))
+        return self._counted.batches(loader)
 
     def finish(self, reason: str) -> None:
         """End early, with an unfinished member if an update was done since the last one."""
         refuse_unusable(self._parts())
-        self._ending.finish(reason)
+        self._counted.finish(reason)
         self._let_go()
 
     def close(self) -> None:
@@ -207,7 +202,7 @@ class SnapshotRun:
     def _close(self, *, exact: bool) -> None:
         try:
             # With an array donated, the loop was left between an update and its step.
-            self._ending.close(exact=exact and not donated(self._parts()))
+            self._counted.close(exact=exact and not donated(self._parts()))
         finally:
             self._let_go()
 
@@ -223,7 +218,7 @@ class SnapshotRun:
                     "variables, rest = run.start(variables, rest), which gives back what was saved"
                 )
             self._begin(variables, rest)
-            self._before = None if read_count(self._rest_or_nothing()) is None else 0
+            self._counted.begun_at = None if read_count(self._rest_or_nothing()) is None else 0
         if (rest is not _MISSING) != self._resumable:
             raise ProtocolError(
                 "give run.step the rest (optimizer state, keys) at every update and at run.start, or never"
@@ -247,12 +242,12 @@ class SnapshotRun:
 
     def _find_count(self) -> None:
         count = read_count(self._rest)
-        self._before = None if count is None else count - self._cursor.step
-        if self._before:
+        self._counted.begun_at = None if count is None else count - self._cursor.step
+        if self._counted.begun_at:
             log.warning(
                 "%s: the optimizer has counted %d updates that this run has not seen; its schedule is that far ahead",
                 self._recorder.directory,
-                self._before,
+                self._counted.begun_at,
             )
 
     def _held(self) -> Any:
@@ -264,60 +259,30 @@ class SnapshotRun:
     def _rest_or_nothing(self) -> Any:
         return self._rest if self._resumable else ()
 
-    def _new_updates(self) -> int:
-        """Return how many updates were done since the cursor was moved."""
-        if not self._calls.waiting or self._before is None:
-            return self._calls.waiting
+    def _read_count(self) -> int | None:
         refuse_unusable(self._parts())
-        count = read_count(self._rest)
-        new = -1 if count is None else count - self._before - self._cursor.step
-        if new < 0:
-            raise ProtocolError(
-                f"the optimizer counts {count} updates, but had done {self._before + self._cursor.step} before: when "
-                "its state is made anew, its schedules' counts must be kept"
-            )
-        return new
-
-    def _look(self) -> tuple[Event, ...]:
-        """Move the cursor to where the loop is, and return what was due."""
-        if not self._calls.waiting:
-            return ()
-        new = self._new_updates()
-        events = self._recorder.record(new, late="take")
-        self._calls.settle(new)
-        return events
-
-    def _catch_up(self) -> None:
-        """Move the cursor to where the loop is; what is due at the end of a cycle is left to `step`."""
-        if not self._calls.waiting or self.finished:
-            return
-        new = self._new_updates()
-        if new < self._cursor.until_next:
-            self._recorder.record(new)
-            self._calls.settle(new)
-
-    def _restart(self, events: tuple[Event, ...]) -> None:
-        for event in events:
-            if isinstance(event, Restart):
-                tensors = restart_weights(event, self._recorder, self._fresh)
-                if tensors is not None:
-                    what = f"the {event.source} member"
-                    self._variables = with_leaves(self._variables, tensors, what, random=False)
-                if event.optimizer == "reset":
-                    self._rest = with_new_moments(self._optimizer, self._variables, self._rest)
-
-    def _fresh(self, member: int) -> Tensors:
-        variables = self._init(member)  # type: ignore[misc]  # refused at construction if missing
-        return Copy(named_leaves(variables, random=False)).resolve()
+        return read_count(self._rest)
 
     class _Source:
         """What is being trained, as the recorder sees it."""
 
-        def __init__(self, run: "SnapshotRun") -> None:
-            self._run = run
+        def __init__(self, run: "SnapshotRun", init: Callable[[int], Any] | None) -> None:
+            self._run, self._init = run, init
+
+        @property
+        def fresh(self) -> Callable[[int], Copy] | None:
+            init = self._init
+            return None if init is None else lambda member: Copy(named_leaves(init(member), random=False))
 
         def capture(self) -> Copy:
             return Copy(named_leaves(self._run._variables, random=False))
+
+        def restore(self, tensors: Tensors | None, *, optimizer: OptimizerState) -> None:
+            run = self._run
+            if tensors is not None:
+                run._variables = with_leaves(run._variables, tensors, "a restart's member", random=False)
+            if optimizer == "reset":
+                run._rest = with_new_moments(run._optimizer, run._variables, run._rest)
 
         def dump(self) -> tuple[Copy, dict[str, Any]] | None:
             run = self._run
@@ -334,15 +299,8 @@ class SnapshotRun:
             """Nothing to set."""
 
 
-def _check_needs(program: Schedule | Program, init: object, optimizer: object) -> None:
-    if not isinstance(program, Program):
-        return
-    if program.between.source == "fresh" and init is None:
-        raise ProtocolError(
-            f"{program.method} starts members from fresh weights: pass init=, a function that gives variables for a "
-            "member number"
-        )
-    if program.between.optimizer == "reset" and optimizer is None:
+def _check_needs(program: Schedule | Program, optimizer: object) -> None:
+    if isinstance(program, Program) and program.between.optimizer == "reset" and optimizer is None:
         raise ProtocolError(
             f"{program.method} resets the optimizer between members: pass optimizer=, the optax transformation, or a "
             "function from variables to a new optimizer state"

@@ -12,25 +12,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from snapcore import DataError
 
 
-class Still:
+class Static:
     """What a tree holds beside arrays: compiled for its value, and compiled again for another.
 
     Arguments:
         structure: of the whole tree.
-        values: the leaves that are no arrays, with None in the place of those that are.
+        values: the leaves that are no arrays, and None for each that is.
     """
 
     def __init__(self, structure: Any, values: Sequence[Any]) -> None:
         self._structure, self._values = structure, tuple(values)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Still) and self._key() == other._key()
+        return isinstance(other, Static) and self._key() == other._key()
 
     def __hash__(self) -> int:
         return hash(self._key())
 
-    def whole(self, arrays: Sequence[Any]) -> Any:
-        """Return the tree, with `arrays` in their places."""
+    def combine(self, arrays: Sequence[Any]) -> Any:
+        """Return the tree with `arrays` for those that `partition` took out."""
         given = iter(arrays)
         return jax.tree.unflatten(self._structure, [next(given) if value is None else value for value in self._values])
 
@@ -38,21 +38,18 @@ class Still:
         return self._structure, tuple((type(value), value) for value in self._values)  # True is not 1
 
 
-def apart(tree: Any) -> tuple[list[Any], Still]:
-    """Return the arrays of a tree, and the rest of it."""
+def partition(tree: Any) -> tuple[list[Any], Static]:
+    """Return the arrays of a tree, and the rest of it; `Static.combine` puts them together again."""
     leaves, structure = jax.tree.flatten(tree)
-    arrays = [leaf for leaf in leaves if _is_array(leaf)]
-    return arrays, Still(structure, [None if _is_array(leaf) else leaf for leaf in leaves])
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    kinds = [(leaf, isinstance(leaf, jax.Array | np.ndarray | np.generic)) for leaf in leaves]
+    arrays = [leaf for leaf, is_array in kinds if is_array]
+    return arrays, Static(structure, [None if is_array else leaf for leaf, is_array in kinds])
 
 
 Weights = list[Any]
 """A member's arrays, in the order of its tree."""
-Batch = tuple[list[Any], Still]
-"""The arguments of a call, taken apart."""
+Batch = tuple[list[Any], Static]
+"""The arguments of a call, partitioned."""
 Found = tuple[jax.Array, jax.Array]
 """Probabilities, and whether the outputs already were probabilities; of one member, or of each along a first axis."""
 Member = Callable[[Weights, Batch], Found]
@@ -69,12 +66,12 @@ class Strategy:
     """
 
     def __init__(self, weights: Any, every: Every, where: NamedSharding | None = None) -> None:
-        def each(weights: Any, arrays: list[Any], still: Still) -> Found:
-            probabilities, suspects = every(weights, (arrays, still))
+        def each(weights: Any, arrays: list[Any], static: Static) -> Found:
+            probabilities, suspects = every(weights, (arrays, static))
             return probabilities, suspects[0]
 
-        def mean(weights: Any, arrays: list[Any], still: Still) -> Found:
-            probabilities, suspect = each(weights, arrays, still)
+        def mean(weights: Any, arrays: list[Any], static: Static) -> Found:
+            probabilities, suspect = each(weights, arrays, static)
             return probabilities.mean(0), suspect
 
         self._weights, self._where = weights, where
@@ -89,10 +86,10 @@ class Strategy:
         return self._run(self._each, batch)
 
     def _run(self, compiled: Callable[..., Found], batch: Batch) -> Found:
-        arrays, still = batch
+        arrays, static = batch
         if self._where is None:
-            return compiled(self._weights, arrays, still)
-        found = compiled(self._weights, jax.device_put(arrays, self._where), still)
+            return compiled(self._weights, arrays, static)
+        found = compiled(self._weights, jax.device_put(arrays, self._where), static)
         first: Found = jax.device_put(found, jax.local_devices()[0])
         return first
 
@@ -133,15 +130,15 @@ def sharded(member: Member, members: Sequence[Weights]) -> Strategy:
     if count == 1:
         raise DataError(
             "strategy 'sharded' spreads members evenly over several devices, which cannot be done with "
-            f"{len(members)} members and {len(devices)} devices: use another strategy, or another number of members"
+            f"{len(members)} members and {len(devices)} devices: use another strategy"
         )
     mesh, spread = Mesh(np.array(devices[:count]), ("members",)), PartitionSpec("members")
 
     def every(weights: Weights, batch: Batch) -> Found:
-        arrays, still = batch
+        arrays, static = batch
         local = _vectorised(member)
         run: Callable[..., Found] = jax.shard_map(
-            lambda weights, arrays: local(weights, (arrays, still)),
+            lambda weights, arrays: local(weights, (arrays, static)),
             mesh=mesh,
             in_specs=(spread, PartitionSpec()),
             out_specs=spread,

@@ -49,7 +49,7 @@ def named_leaves(tree: Any, *, random: bool = True) -> dict[str, Any]:
 
 
 def with_leaves(tree: Any, tensors: Tensors, what: str = "the member", *, random: bool = True) -> Any:
-    """Return a tree like `tree` with named arrays in the place of its own, of the same dtypes and shardings.
+    """Return a tree like `tree` with named arrays for its own, of the same dtypes and shardings.
 
     Arguments:
         tree: what `named_leaves` takes; left alone. NNX modules are made anew.
@@ -172,12 +172,12 @@ def _like(own: Any, array: NDArray[Any]) -> Any:
     if isinstance(own, np.ndarray):
         return np.array(array, own.dtype)
     if is_key(own):
-        return _placed(own, jax.random.wrap_key_data(jnp.array(array), impl=_implementation(own)))
-    return _placed(own, jnp.array(array, own.dtype))
+        return _on_devices_of(own, jax.random.wrap_key_data(jnp.array(array), impl=_implementation(own)))
+    return _on_devices_of(own, jnp.array(array, own.dtype))
 
 
-def _placed(own: Any, value: jax.Array) -> jax.Array:
-    committed = getattr(own, "committed", own.sharding is not None)  # an abstract array may name its place
+def _on_devices_of(own: Any, value: jax.Array) -> jax.Array:
+    committed = getattr(own, "committed", own.sharding is not None)  # an abstract array may name its devices
     return jax.device_put(value, own.sharding) if committed else value
 
 

@@ -1,4 +1,4 @@
-"""From a model's outputs to probabilities: what its loss and its last layer tell, and what its outputs are."""
+"""From a model's outputs to probabilities: which activation its loss, its last layer and its outputs call for."""
 
 import inspect
 from collections.abc import Callable
@@ -10,19 +10,15 @@ from keras import losses, ops
 from numpy.typing import NDArray
 
 from snapcore import DataError
-from snapcore.ensemble import refuse_probabilities
+from snapcore.ensemble import check_activation, refuse_probabilities
 
 Activation = Callable[[Any], Any]
 Check = Callable[[NDArray[Any]], None]
 """Refuses outputs that are not what was supposed."""
 
 
-def _softmax(outputs: Any) -> Any:
-    return ops.softmax(outputs, axis=-1)
-
-
 ACTIVATIONS: dict[str, Activation] = {
-    "softmax": _softmax,
+    "softmax": partial(ops.softmax, axis=-1),
     "sigmoid": ops.sigmoid,
     "identity": lambda outputs: outputs,
 }
@@ -48,15 +44,14 @@ def resolved(activation: str | Activation, model: Any, *, whole: bool = True) ->
     """
     if not isinstance(activation, str):
         return activation, None
-    if activation not in ("auto", *ACTIVATIONS):
-        raise DataError(f"activation must be one of {sorted([*ACTIVATIONS, 'auto'])} or a callable, got {activation!r}")
+    check_activation(activation, ["auto", *ACTIVATIONS])
     last = ends_in(model) if whole else None
     if activation != "auto":
         return activation, _check(activation, last)
-    told = _from_loss(model)
-    if told == "identity":
-        return told, _refuse_others
-    name = told or ("identity" if last else "softmax")
+    decided = _from_loss(model)
+    if decided == "identity":
+        return decided, _refuse_others
+    name = decided or ("identity" if last else "softmax")
     return name, _check(name, last)
 
 
@@ -69,8 +64,8 @@ def ends_in(model: Any) -> str | None:
         last = last.layer
     if isinstance(last, keras.Model):
         return ends_in(last)
-    told = getattr(last, "activation", last)
-    name = getattr(told, "__name__", type(told).__name__).lower()
+    ending = getattr(last, "activation", last)
+    name = getattr(ending, "__name__", type(ending).__name__).lower()
     return name if name in _PROBABILITIES else None
 
 
@@ -81,19 +76,16 @@ def _check(activation: str, last: str | None) -> Check | None:
 
 
 def _from_loss(model: Any) -> str | None:
-    """Return what the compiled loss tells; None if there is none, or its parts disagree."""
+    """Return the activation that the compiled loss calls for; None if there is none, or its parts disagree."""
     given = getattr(model, "loss", None) if getattr(model, "compiled", False) else None
-    told = {_told(loss) for loss in _parts(given) if loss is not None}
-    return told.pop() if len(told) == 1 else None
+    if isinstance(given, dict) and "class_name" not in given:
+        given = list(given.values())
+    parts = given if isinstance(given, list | tuple) else [given]
+    found = {_from_one_loss(loss) for loss in parts if loss is not None}
+    return found.pop() if len(found) == 1 else None
 
 
-def _parts(loss: Any) -> list[Any]:
-    if isinstance(loss, dict) and "class_name" not in loss:
-        return list(loss.values())
-    return list(loss) if isinstance(loss, list | tuple) else [loss]
-
-
-def _told(given: Any) -> str | None:
+def _from_one_loss(given: Any) -> str | None:
     loss = losses.get(given)
     from_logits = getattr(loss, "from_logits", None)
     if from_logits is None and inspect.isfunction(loss):
@@ -114,7 +106,7 @@ def _told(given: Any) -> str | None:
     return "softmax"
 
 
-def _refuse_again(outputs: NDArray[Any], *, last: str, activation: str) -> None:  # noqa: ARG001 - the layer tells
+def _refuse_again(outputs: NDArray[Any], *, last: str, activation: str) -> None:  # noqa: ARG001 - the layer decides
     raise DataError(
         f"the model ends in {last}: its outputs already are probabilities, and {activation} of them would be wrong: "
         "pass activation='identity'"

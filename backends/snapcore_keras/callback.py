@@ -14,10 +14,10 @@ from typing import Any
 import keras
 
 from snapcore import Program, ProtocolError, Schedule
-from snapcore.protocol import as_program
-from snapcore.run import Place
+from snapcore.protocol import Restart, as_program
+from snapcore.run import Position, require_fresh
 from snapcore.store import MANIFEST, ResumePoint, SnapshotStore, clear_point, read_point
-from snapcore_keras.run import Following, FreshWeights, check_init
+from snapcore_keras.run import FreshWeights, KerasRun
 from snapcore_keras.schedule import (
     accumulation,
     check_begin,
@@ -98,13 +98,13 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         super().__init__()
         self.directory = Path(directory)
         self.program = as_program(cycles_or_program)
-        check_init(self.program, init)
+        require_fresh(self.program, init)
         self._resume = resume
         self._options: dict[str, Any] = {"resume_every": resume_every, "init": init}
-        self._following: Following | None = None
+        self._run: KerasRun | None = None
         self._thread = threading.get_ident()
         self._counted = 0
-        self._waits = self._begun = self._begins = self._told = False
+        self._waits = self._begun = self._begins = self._notified = False
 
     @property
     def async_safe(self) -> bool:
@@ -116,7 +116,7 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         super().set_model(model)
         self._thread = threading.get_ident()
         self._close_what_was_left()
-        self._waits = self._begun = self._begins = self._told = False
+        self._waits = self._begun = self._begins = self._notified = False
         model = self.model
         check_cycles(self.program.schedule, model.steps_per_execution, accumulation(model.optimizer))
         self._counted = counted(model.optimizer)
@@ -128,7 +128,7 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Open the run before the first batch, where the model is by now; after it, if Keras builds the model in it."""
-        if self._following is None:
+        if self._run is None:
             model = self.model
             self._waits = self._may_wait(model)
             if self._waits:
@@ -141,14 +141,14 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if self._begun:
             self._take()  # nobody has asked, since nothing could be due
         self._begun = self._begins = True
-        following, model = self._following, self._model  # `self.model` would have JAX bring its state together
-        if not self._told and following is not None and following.calls.next_may_be_due() and not model.stop_training:
-            model.stop_training = _Asked(self)
+        run, model = self._run, self._model  # `self.model` would have JAX bring its state together
+        if not self._notified and run is not None and run.may_be_due() and not model.stop_training:
+            model.stop_training = _StopFlag(self)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Take what is due; end training with the program."""
         if threading.get_ident() == self._thread:
-            self._told = True
+            self._notified = True
             if self._begun or not self._begins:
                 self._take()
         elif not self._begins:
@@ -158,13 +158,13 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         """Wait for the files that a backup of this epoch counts on."""
         if self._begun:
             self._take()
-        following = self._following
-        if following is not None and following.calls.waiting:  # else it was done at the boundary, for the member
-            following.recorder.place()
+        run = self._run
+        if run is not None and run.waiting:  # else it was done at the boundary, for the member
+            run.recorder.position()
 
     def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002
         """Wait for the files, and raise what writing them raised; a later `fit` goes on."""
-        if self._following is None and counted(self.model.optimizer) != self._counted:
+        if self._run is None and counted(self.model.optimizer) != self._counted:
             self._open(self.model)  # a backup was made after the last epoch, and what was due there may not be on disk
         self.close()
 
@@ -175,17 +175,15 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
             StoreError, DivergedError: a member or the resume point could not be written or was refused.
             SystemExit: with code 143, after a SIGTERM that no update has answered.
         """
-        following, self._following = self._following, None
-        if following is None:
+        run, self._run = self._run, None
+        if run is None:
             return
         _OPEN.pop(self.directory.absolute(), None)
         self._ask_no_more()
-        try:
-            following.settle()
-        except BaseException:
-            following.recorder.close(exact=False)
-            raise
-        following.recorder.close()
+        if run.waiting:
+            run.close(exact=True)
+        else:  # what was counted has been seen; on JAX the count of a `fit` that has died may be older
+            run.recorder.close()
 
     def _take(self) -> None:
         """Do what is due after the batch that has begun."""
@@ -193,23 +191,23 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._ask_no_more()
         if self._waits:
             self._open_late(self.model)
-        following = self._opened()
-        if not following.called():
-            following.recorder.record(0)  # raises what the writer has met
+        run = self._opened()
+        if not run.call():
+            run.recorder.record(0)  # raises what the writer has met
             return
         model = self.model  # on JAX this gives the variables their values
-        if not following.cursor.finished and following.look():
-            following.recorder.place()  # a backup made now has the new weights: the member must be on disk
-        model.stop_training |= following.cursor.finished
+        if not run.cursor.finished and any(isinstance(event, Restart) for event in run.look()):
+            run.recorder.position()  # a backup made now has the new weights: the member must be on disk
+        model.stop_training |= run.cursor.finished
 
     def _is_over(self) -> bool:
         """Do what is due, if Keras asks for the first time since the batch began; return whether training ends."""
         if self._begun and threading.get_ident() == self._thread:
             self._take()
-        return self._following is not None and self._following.cursor.finished
+        return self._run is not None and self._run.cursor.finished
 
     def _ask_no_more(self) -> None:
-        if isinstance(self._model.stop_training, _Asked):
+        if isinstance(self._model.stop_training, _StopFlag):
             self._model.stop_training = False
 
     def _close_what_was_left(self) -> None:
@@ -245,7 +243,7 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         now = counted(model.optimizer)
         begin = check_rate(model.optimizer, self.program.schedule).begin  # type: ignore[union-attr]  # set by now
         at, resume = self._where(now - begin, restored=now != self._counted)
-        self._follow(model, at=at, resume=resume, check=lambda before: self._check(model, before))
+        self._follow(model, at=at, resume=resume, check_begin_at=lambda before: self._check(model, before))
 
     def _open_late(self, model: Any) -> None:
         """Open the run of a model that was built in its first execution."""
@@ -255,12 +253,12 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 f"{model.name} was built in its first execution, whose {done} updates lead past the snapshot due after "
                 f"{first}: build it first, by calling it on a batch"
             )
-        self._follow(model, resume=self._resume, check=lambda before: None)  # noqa: ARG005
+        self._follow(model, resume=self._resume, check_begin_at=lambda before: None)  # noqa: ARG005
         self._waits = False
 
     def _follow(self, model: Any, **where: Any) -> None:
         known = type(model).train_step is keras.Model.train_step
-        self._following = Following(
+        self._run = KerasRun(
             self.directory,
             self.program,
             model,
@@ -272,9 +270,9 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         )
         self._resume = True
         _OPEN[self.directory.absolute()] = self
-        model.stop_training |= self._following.cursor.finished
+        model.stop_training |= self._run.cursor.finished
 
-    def _where(self, step: int, *, restored: bool) -> tuple[Place | None, bool]:
+    def _where(self, step: int, *, restored: bool) -> tuple[Position | None, bool]:
         """Return the place that the model was put at, or None to go on by points of our own; and whether to resume.
 
         Arguments:
@@ -289,16 +287,16 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         point = read_point(self.directory)
         if point is not None and (point.state["place"]["step"] == step or point.state["framework"] != _FRAMEWORK):
             return None, True
-        return self._place(step, point), True
+        return self._position(step, point), True
 
-    def _place(self, step: int, point: ResumePoint | None) -> Place:
+    def _position(self, step: int, point: ResumePoint | None) -> Position:
         with SnapshotStore(self.directory, "w") as store:
             indexes = [member.index for member in store.members]
             if point is not None and point.member is not None and point.member.index not in indexes:
                 store.add(point.member)  # killed between the two
             clear_point(self.directory)
             members = tuple(member.sha256 for member in store.members if member.step <= step)
-        return Place(min(step, self.program.updates), members)
+        return Position(min(step, self.program.updates), members)
 
     def _check(self, model: Any, before: int) -> None:
         """Refuse a run that cannot begin here, or go on from here.
@@ -317,13 +315,13 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         due = (step * parts - done for step in self.program.schedule.snapshot_steps)
         check_epochs(tuple(each for each in due if each > 0), model.steps_per_execution, self.params["steps"])
 
-    def _opened(self) -> Following:
-        if self._following is None:
+    def _opened(self) -> KerasRun:
+        if self._run is None:
             raise ProtocolError("no run is open: Keras calls on_epoch_begin before any batch; call it in a loop, too")
-        return self._following
+        return self._run
 
 
-class _Asked:
+class _StopFlag:
     """Stands for `stop_training` in a batch that may lead to a boundary: Keras asks it after each, in its thread."""
 
     def __init__(self, callback: SnapshotCallback) -> None:

@@ -8,11 +8,21 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from snapcore import DataError, StoreError
-from snapcore.ensemble import ROUNDS, TOLERANCE, Directory, TuningReport, member_files, tune
+from snapcore import DataError
+from snapcore.ensemble import (
+    ROUNDS,
+    TOLERANCE,
+    Directory,
+    TuningReport,
+    check_members,
+    check_strategy,
+    member_files,
+    refuse_like,
+    tune,
+)
 from snapcore.store import map_tensors
 from snapcore_keras.activations import Activation, resolved
-from snapcore_keras.first_batch import FirstLook, is_symbolic
+from snapcore_keras.first_batch import OutputCheck, is_symbolic
 from snapcore_keras.layer import MeanOfMembers
 from snapcore_keras.state import fitted, named_weights
 from snapcore_keras.strategies import Forward, Loop, Stacked, Strategy, Weights
@@ -23,7 +33,7 @@ class SnapshotEnsemble:
 
     In evaluation mode: no dropout, and batch normalisation by each member's own statistics. Members are loaded with
     `SnapshotEnsemble.load`. What runs them is the model itself, called in a `keras.StatelessScope` with each member's
-    weights in the place of its own: so it is not changed, and may be trained on; nor is what it would assign kept.
+    weights instead of its own: so it is not changed, and may be trained on; nor is what it would assign kept.
 
     Calling it gives mean probabilities, shape [batch, …, classes]; `members(…)` gives each member's, with the member
     axis first; `predict(…)` gives the mean of any number of examples in NumPy, compiled by Keras. `functional()` is a
@@ -33,9 +43,9 @@ class SnapshotEnsemble:
         members: each member's weights, arrays in the order of `model.weights`, as `model.get_weights()` gives them.
         model: built, of any kind: functional, sequential or a subclass.
         activation: from outputs to probabilities: `"softmax"` over the last axis, `"sigmoid"`, `"identity"` or a
-            callable. `"auto"` reads `from_logits` of the compiled loss, without one looks at the last layer, and takes
-            softmax if neither tells. What the first member gives of the first batch shows whether that can be right;
-            where a model or graph is being built, what it gives of zeros.
+            callable. `"auto"` reads `from_logits` of the compiled loss, without one looks at the last layer, and is
+            softmax if neither decides. It is checked against the first member's outputs for the first batch, or for
+            zeros where a model or graph is being built.
         output: picks the tensor when the model returns something else, such as `lambda outputs: outputs[0]`.
         strategy: `"loop"`, one member after the other; or `"stacked"`, all in one vectorised call, which needs the
             weights a second time, and Keras to run on JAX or PyTorch.
@@ -70,13 +80,12 @@ class SnapshotEnsemble:
         output: Callable[[Any], Any] | None = None,
         strategy: str = "loop",
     ) -> None:
-        self._known(strategy)
+        check_strategy(strategy, self._strategies)
         activation, check = resolved(activation, model, whole=output is None)
         self._layer = MeanOfMembers(model, _fitting(members, model), activation=activation, output=output)
-        if not self._layer.members:
-            raise StoreError("an ensemble needs at least one finished member, got none")
-        self._strategy, self._run = strategy, self._made(strategy)
-        self._look = FirstLook(self._layer.run_one, self._layer.members[0], check)
+        check_members(self._layer.members)
+        self._strategy, self._run = strategy, self._strategies[strategy](self._layer.run_one, self._layer.members)
+        self._check = OutputCheck(self._layer.run_one, self._layer.members[0], check)
         self._predicting: dict[str, Any] = {}
 
     @classmethod
@@ -96,7 +105,7 @@ class SnapshotEnsemble:
         Arguments:
             directories: a run directory, or several; every file is checked against its digest.
             model: the architecture, built, with any weights. It is not changed, and may be trained on.
-            like: nothing; where an adapter is given a function instead of a model, this says the weights' structure.
+            like: left out; it is for adapters that take a function instead of a model.
             last: how many members of each run, counted from its end; default all. Unfinished ones are left out.
             activation: from outputs to probabilities, see `SnapshotEnsemble`.
             output: picks the tensor when the model returns something else.
@@ -105,12 +114,11 @@ class SnapshotEnsemble:
         Raises:
             StoreError: a directory holds no run, or fewer than `last` members.
             CorruptSnapshotError: a file is not what was written.
-            DataError: a member's places and shapes are not the model's, it was written by another framework, or an
+            DataError: a member's positions and shapes are not the model's, it was written by another framework, or an
                 argument is unknown.
         """
-        cls._known(strategy)
-        if like is not None:
-            raise DataError(f"like must be left out: the model says the weights' structure; got {type(like).__name__}")
+        check_strategy(strategy, cls._strategies)
+        refuse_like(like)
         files = member_files(directories, framework=cls._framework, last=last)
         own = named_weights(model)
         members = (fitted(own, map_tensors(file), str(file)) for file in files)
@@ -136,12 +144,12 @@ class SnapshotEnsemble:
             DataError: the first batch's outputs are not what the activation takes them for, or the strategy cannot run
                 the model.
         """
-        self._look(args, kwargs)
+        self._check(args, kwargs)
         return self._layer(*args, **kwargs) if is_symbolic((args, kwargs)) else self._run.mean(args, kwargs)
 
     def members(self, *args: Any, **kwargs: Any) -> Any:
         """Return each member's probabilities, shape [members, batch, …]."""
-        self._look(args, kwargs)
+        self._check(args, kwargs)
         return self._run.each(args, kwargs)
 
     def predict(self, x: Any, batch_size: int = 32) -> NDArray[Any]:
@@ -159,7 +167,7 @@ class SnapshotEnsemble:
         kinds = [(tuple(array.shape), str(array.dtype)) for array in keras.tree.flatten(x)]
         if not all(shape[0] for shape, _ in kinds):
             raise DataError(f"predict needs at least one example, got x of shape {[shape for shape, _ in kinds]}")
-        self._look((keras.tree.map_structure(lambda array: array[:batch_size], x),), {})
+        self._check((keras.tree.map_structure(lambda array: array[:batch_size], x),), {})
         kind = repr([(shape[1:], dtype) for shape, dtype in kinds])
         if kind not in self._predicting:
             self._predicting[kind] = self.functional(x)
@@ -180,7 +188,7 @@ class SnapshotEnsemble:
                 of zeros, are not what the activation takes them for.
         """
         inputs = _inputs(self._layer.run_one.model, x)
-        self._look((inputs if x is None else x,), {})
+        self._check((inputs if x is None else x,), {})
         return keras.Model(inputs, self._layer(inputs), name="snapshot_ensemble")
 
     def tune(self, *args: Any, tolerance: float = TOLERANCE, rounds: int = ROUNDS, **kwargs: Any) -> TuningReport:
@@ -193,38 +201,30 @@ class SnapshotEnsemble:
                 rounds slow strategies are passed over, and 2 s end it.
             **kwargs: as for a call.
         """
-        self._look(args, kwargs)
+        self._check(args, kwargs)
         made = {self._strategy: self._run}
 
         def run(name: str) -> NDArray[Any]:
             if name not in made:
-                made[name] = self._made(name)
+                made[name] = self._strategies[name](self._layer.run_one, self._layer.members)
             return np.asarray(ops.convert_to_numpy(made[name].mean(args, kwargs)))  # which waits for it
 
         report = tune(run, list(self._strategies), to_host=np.asarray, tolerance=tolerance, rounds=rounds)
         self._strategy, self._run = report.chosen, made[report.chosen]
         return report
 
-    @classmethod
-    def _known(cls, strategy: str) -> None:
-        if strategy not in cls._strategies:
-            raise DataError(f"strategy must be one of {list(cls._strategies)}, got {strategy!r}")
-
-    def _made(self, strategy: str) -> Strategy:
-        return self._strategies[strategy](self._layer.run_one, self._layer.members)
-
 
 def _fitting(members: Iterable[Sequence[NDArray[Any]]], model: Any) -> Iterator[list[NDArray[Any]]]:
     own = named_weights(model)
     for number, arrays in enumerate(members, 1):
-        names = [*own, *(f"{place:03d}" for place in range(len(own), len(arrays)))]
+        names = [*own, *(f"{position:03d}" for position in range(len(own), len(arrays)))]
         yield fitted(own, dict(zip(names, map(np.asarray, arrays), strict=False)), f"member {number}")
 
 
 def _inputs(model: Any, x: Any) -> Any:
-    told = model.inputs[0] if isinstance(model, keras.Sequential) else getattr(model, "input", None)
-    if told is not None:
-        return keras.tree.map_structure(_input_like, told)
+    inputs = model.inputs[0] if isinstance(model, keras.Sequential) else getattr(model, "input", None)
+    if inputs is not None:
+        return keras.tree.map_structure(_input_like, inputs)
     if x is None:
         raise DataError(f"{model.name} does not say what its inputs are: pass one batch of them")
     if isinstance(x, Mapping):
@@ -232,8 +232,8 @@ def _inputs(model: Any, x: Any) -> Any:
     return keras.tree.map_structure(_input_of, x)
 
 
-def _input_like(told: Any) -> Any:
-    return keras.Input(batch_shape=(None, *told.shape[1:]), dtype=told.dtype, name=told.name, sparse=told.sparse)
+def _input_like(given: Any) -> Any:
+    return keras.Input(batch_shape=(None, *given.shape[1:]), dtype=given.dtype, name=given.name, sparse=given.sparse)
 
 
 def _input_of(batch: Any, name: str | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""A look at the first outputs, before anything is made of them: whether they are what the activation takes them for."""
+"""A check of the first outputs before anything is made of them: are they what the activation takes them for."""
 
 import threading
 from typing import Any
@@ -15,10 +15,10 @@ _UNKNOWN = 32
 """Length of an axis that may have any, other than the batch's: enough for most convolutions and poolings."""
 
 
-class FirstLook:
+class OutputCheck:
     """Run the first member and check its outputs: on the first batch, or where there are no values, on zeros.
 
-    A batch is looked at once. Zeros are too, but the first batch with values is still looked at after them.
+    A batch is checked once. Zeros are too, and the first batch with values is still checked after them.
 
     Arguments:
         run_one: runs a member.
@@ -31,7 +31,7 @@ class FirstLook:
         self._zeros_passed = False
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look at what the model gives with these arguments.
+        """Check what the model returns for these arguments.
 
         Raises:
             DataError: the outputs are not what the activation takes them for.
@@ -39,7 +39,7 @@ class FirstLook:
         if self._check is None:
             return
         if is_symbolic((args, kwargs)):
-            self.look_at_zeros(args, kwargs)
+            self.check_zeros(args, kwargs)
             return
         found = self._found(args, kwargs)
         if found is None:
@@ -52,8 +52,8 @@ class FirstLook:
             self._check(found)
             self._check = None
 
-    def look_at_zeros(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look, once, at what the model gives of zeros in the shapes of these arguments.
+    def check_zeros(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check, once, what the model returns for zeros in the shapes of these arguments.
 
         Raises:
             DataError: the outputs are not what the activation takes them for.
@@ -65,11 +65,11 @@ class FirstLook:
             found = self._found(args, kwargs)
         except Exception as error:
             error.add_note(
-                "This came of a batch of zeros, by which a model is looked at where there are no values. Call the "
-                "ensemble on a batch of your own first: then that is looked at instead."
+                "This came of a batch of zeros, by which a model is checked where there are no values. Call the "
+                "ensemble on a batch of your own first: then that is checked instead."
             )
             raise
-        if found is not None and np.isfinite(found.astype(np.float64)).all():  # else they tell nothing: all is masked
+        if found is not None and np.isfinite(found.astype(np.float64)).all():  # else all is masked
             self._check(found)
         self._zeros_passed = True
 
@@ -82,7 +82,7 @@ class FirstLook:
 
 
 def is_symbolic(tree: Any) -> bool:
-    """Tell whether a tree of arguments holds a `keras.Input`, or what is computed of one."""
+    """Return whether a tree of arguments holds a `keras.Input`, or what is computed of one."""
     return any(isinstance(leaf, keras.KerasTensor) for leaf in keras.tree.flatten(tree))
 
 
@@ -94,24 +94,24 @@ def _zeros(leaf: Any) -> Any:
 
 
 class _Elsewhere(threading.Thread):
-    """Looks at zeros in a thread of its own: graphs and traces are of the thread that makes them, so here are values.
+    """Checks zeros in a thread of its own: graphs and traces belong to the thread that makes them, so here are values.
 
     Not from a pool, nor by a function within one: AutoGraph would rewrite both.
 
     Arguments:
-        look: does it.
+        check: does it.
         args: what the model was called with in the other thread.
         kwargs: the same.
     """
 
-    def __init__(self, look: FirstLook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, check: OutputCheck, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
-        self._look, self._arguments = look, (args, kwargs)
+        self._outer, self._arguments = check, (args, kwargs)
         self.error: Exception | None = None
 
     def run(self) -> None:
-        """Look, and keep the error for the thread that waits."""
+        """Check, and keep the error for the thread that waits."""
         try:
-            self._look.look_at_zeros(*self._arguments)
+            self._outer.check_zeros(*self._arguments)
         except Exception as error:  # noqa: BLE001 - it is raised there
             self.error = error

@@ -65,7 +65,7 @@ class MeanOfMembers(keras.layers.Layer):  # type: ignore[misc]  # Keras has no t
 
     def _held(self, member: int, arrays: Sequence[NDArray[Any] | None]) -> tuple[Any, ...]:
         pairs = enumerate(zip(self.run_one.variables, arrays, strict=True))
-        return tuple(self._weight(f"member_{member}_{place:03d}", like, array) for place, (like, array) in pairs)
+        return tuple(self._weight(f"member_{member}_{position:03d}", like, array) for position, (like, array) in pairs)
 
     def _weight(self, name: str, like: Any, array: NDArray[Any] | None) -> Any:
         def initial(shape: tuple[int, ...], dtype: str) -> Any:

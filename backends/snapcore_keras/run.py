@@ -1,12 +1,13 @@
 """A run that follows a Keras model by its optimizer's own count: what the callback and TensorFlow's loop share."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snapcore import Cursor, Program, ProtocolError, Schedule
-from snapcore.protocol import Event, Restart, as_program
-from snapcore.run import AGREE_EVERY, Calls, Group, Place, Recorder, restart_weights
+from snapcore import Program, Schedule
+from snapcore.protocol import OptimizerState, as_program
+from snapcore.run import CountedRun, Position, Recorder
 from snapcore.store import MANIFEST, Tensors
 from snapcore_keras.schedule import accumulation, check_begin, check_rate, counted, gradients, tell_accumulation
 from snapcore_keras.state import (
@@ -28,7 +29,7 @@ FreshWeights = Callable[[int], "keras.Model | Tensors"]
 """Gives fresh weights for a member number: a model, or arrays by the names of a member."""
 
 
-class Following:
+class KerasRun(CountedRun):
     """Walk a program along the updates that an optimizer counts; keep members and resume points.
 
     Arguments:
@@ -37,15 +38,16 @@ class Following:
         model: built.
         optimizer: its optimizer; built here if it is not.
         framework: recorded with every member.
-        resume: go on with an unfinished run that is there; False moves any run aside.
-        resume_every: updates between two resume points, beside those at every cycle's end.
-        init: for programs with `fresh` restarts.
-        group: the processes that train together.
+        resume: resume an unfinished run that is there; False moves any run aside.
         at: where a trainer that keeps checkpoints of its own is.
+        init: for programs with `fresh` restarts.
         per_call: gradients that every call gives to the optimizer, at most; None if that is not known.
-        check: called with what the optimizer had counted when the run had done no update, to refuse that. Where nothing
-            is there to go on with, it is called before a run is moved aside. By default it is refused if the schedule
-            does not begin there; if it is accepted, the run begins where the schedule does.
+        check_begin_at: called with what the optimizer had counted when the run had done no update, to refuse that.
+            Where there is nothing to resume, it is called before a run is moved aside. By default it is refused if the
+            schedule does not begin there; if it is accepted, the run begins where the schedule does.
+        check: as in `CountedRun`.
+        scope: the strategy's, in which the model's values are read and set.
+        **options: more of the recorder's.
 
     Raises:
         ProtocolError: the program needs `init`, and it is missing; or the optimizer's schedule is not where the run is.
@@ -63,141 +65,96 @@ class Following:
         *,
         framework: str,
         resume: bool = True,
-        resume_every: int | None = None,
+        at: Position | None = None,
         init: FreshWeights | None = None,
-        group: Group | None = None,
-        at: Place | None = None,
         per_call: int | None = None,
-        check: Callable[[int], None] | None = None,
+        check_begin_at: Callable[[int], None] | None = None,
+        check: Callable[[int, int], None] | None = None,
+        scope: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        **options: Any,
     ) -> None:
         program = as_program(cycles_or_program)
-        check_init(program, init)
-        self._model, self._optimizer, self._init = model, optimizer, init
         named_weights(model)
         tell_accumulation(optimizer)
         rate = check_rate(optimizer, program.schedule)
-        check = check or (lambda before: check_begin(rate, before))
-        if not _may_go_on(Path(directory), at, resume=resume):
-            check(counted(optimizer))
+        check_begin_at = check_begin_at or (lambda before: check_begin(rate, before))
+        resumed_elsewhere = at is not None and at.step > 0
+        if not resumed_elsewhere and not (resume and (Path(directory) / MANIFEST).exists()):
+            check_begin_at(counted(optimizer))
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
-        self.recorder = Recorder(
+        recorder = Recorder(
             directory,
             program,
-            _Source(model, optimizer),
+            _Source(model, optimizer, init, scope),
             framework=framework,
             resume=resume,
-            resume_every=resume_every,
-            group=group,
             at=at,
+            **options,
         )
-        self.cursor = self.recorder.cursor
         try:
-            self._restart(self.recorder.start())
-            every = (resume_every, AGREE_EVERY if group else None)
-            self.calls = _calls(self.cursor, every, optimizer, per_call)
-            before = counted(optimizer) - self.cursor.step
-            check(before)
-            schedule = check_rate(optimizer, program.schedule)
-            self.before = before if schedule is None else schedule.begin
-            """What the optimizer had counted when this run had done no update."""
-        except BaseException:
-            self.recorder.close(exact=False)
-            raise
-
-    def called(self) -> bool:
-        """Count a call; return whether `look` must be called: something may be due, or a SIGTERM has come."""
-        due = self.calls.next_may_be_due()
-        self.calls.add()
-        return due or self.recorder.told_to_end
-
-    def updates(self) -> int:
-        """Return the updates done; this waits for the one that is being done."""
-        return counted(self._optimizer) - self.before
-
-    def look(self) -> bool:
-        """Read the optimizer's count and do what is due; return whether the model was given other weights."""
-        new = self.updates() - self.cursor.step
-        if new < 0:
-            raise ProtocolError(
-                f"the optimizer counts {self.updates()} updates, but {self.cursor.step} were done before: when its "
-                "state is made anew, its count must be kept"
+            recorder.start()
+            parts = 1 if per_call is None else accumulation(optimizer)
+            super().__init__(
+                recorder,
+                lambda: counted(optimizer),
+                per_call=per_call,
+                accumulation=parts,
+                unfinished=lambda: gradients(optimizer) % parts if parts > 1 else 0,
+                check=check,
             )
-        events = self.recorder.record(new, late="take")
-        self.calls.settle(new)
-        return self._restart(events)
-
-    def settle(self) -> None:
-        """Move to where the loop is, if the run can go on."""
-        if self.calls.waiting and not self.cursor.finished and not self.recorder.failed:
-            self.look()
-
-    def _restart(self, events: tuple[Event, ...]) -> bool:
-        changed = False
-        for event in events:
-            if isinstance(event, Restart):
-                tensors = restart_weights(event, self.recorder, self._fresh)
-                if tensors is not None:
-                    load_weights(self._model, tensors, f"the {event.source} member")
-                if event.optimizer == "reset":
-                    reset_moments(self._model, self._optimizer)
-                changed = True
-        return changed
-
-    def _fresh(self, member: int) -> Tensors:
-        weights = self._init(member)  # type: ignore[misc]  # refused at construction if missing
-        return weights if isinstance(weights, Mapping) else Copy(named_weights(weights)).resolve()
-
-
-def check_init(program: Program, init: FreshWeights | None) -> None:
-    """Refuse a program that needs fresh weights where there are none.
-
-    Raises:
-        ProtocolError: `init` is missing.
-    """
-    if program.between.source == "fresh" and init is None:
-        raise ProtocolError(
-            f"{program.method} starts members from fresh weights: pass init=, a function that gives a model for a "
-            "member number"
-        )
-
-
-class _GradientCalls(Calls):
-    """Calls that each give the optimizer a known number of gradients, `accumulation` of which make an update."""
-
-    def __init__(self, cursor: Cursor, every: tuple[int | None, ...], optimizer: Any, per_call: int) -> None:
-        super().__init__(cursor, every, per_call)
-        self._optimizer = optimizer
-        self._accumulation = accumulation(optimizer)
-        self.settle(0)
-
-    def settle(self, updates: int) -> None:
-        super().settle(updates)
-        self._reach = self._reach * self._accumulation - gradients(self._optimizer) % self._accumulation
-
-
-def _calls(cursor: Cursor, every: tuple[int | None, ...], optimizer: Any, per_call: int | None) -> Calls:
-    return Calls(cursor, every) if per_call is None else _GradientCalls(cursor, every, optimizer, per_call)
-
-
-def _may_go_on(directory: Path, at: Place | None, *, resume: bool) -> bool:
-    return (at is not None and at.step > 0) or (resume and (directory / MANIFEST).exists())
+            before = counted(optimizer) - self.cursor.step
+            check_begin_at(before)
+            schedule = check_rate(optimizer, program.schedule)
+            self.begun_at = before if schedule is None else schedule.begin
+        except BaseException:
+            recorder.close(exact=False)
+            raise
 
 
 class _Source:
     """What is being trained, as the recorder sees it."""
 
-    def __init__(self, model: Any, optimizer: Any) -> None:
-        self._model, self._optimizer = model, optimizer
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any,
+        init: FreshWeights | None,
+        scope: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self._model, self._optimizer, self._init, self._scope = model, optimizer, init, scope
+
+    @property
+    def fresh(self) -> Callable[[int], Copy | Tensors] | None:
+        init = self._init
+        if init is None:
+            return None
+
+        def fresh(member: int) -> Copy | Tensors:
+            with self._scope():
+                weights = init(member)
+                return weights if isinstance(weights, Mapping) else Copy(named_weights(weights))
+
+        return fresh
 
     def capture(self) -> Copy:
-        return Copy(named_weights(self._model))
+        with self._scope():
+            return Copy(named_weights(self._model))
+
+    def restore(self, tensors: Tensors | None, *, optimizer: OptimizerState) -> None:
+        with self._scope():
+            if tensors is not None:
+                load_weights(self._model, tensors, "a restart's member")
+            if optimizer == "reset":
+                reset_moments(self._model, self._optimizer)
 
     def dump(self) -> tuple[Copy, dict[str, Any]]:
-        return dump_training(self._model, self._optimizer), {}
+        with self._scope():
+            return dump_training(self._model, self._optimizer), {}
 
     def load(self, tensors: Tensors, values: dict[str, Any]) -> None:  # noqa: ARG002 - nothing but tensors
-        load_training(self._model, self._optimizer, tensors)
+        with self._scope():
+            load_training(self._model, self._optimizer, tensors)
 
     def random_state(self) -> dict[str, Any] | None:
         return random_state()

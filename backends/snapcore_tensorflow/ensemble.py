@@ -31,13 +31,13 @@ class _Graph:
 
     def mean(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the members' mean probabilities."""
-        return self._called(self._mean, args, kwargs)
+        return self._call(self._mean, args, kwargs)
 
     def each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return each member's probabilities, the member axis first."""
-        return self._called(self._each, args, kwargs)
+        return self._call(self._each, args, kwargs)
 
-    def _called(self, graph: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, graph: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._xla:
             return graph(args, kwargs)
         try:
@@ -108,7 +108,7 @@ class SnapshotEnsemble(_KerasEnsemble):
         Arguments:
             directories: a run directory, or several; every file is checked against its digest.
             model: the architecture, built, with any weights. It is not changed, and may be trained on.
-            like: nothing; where an adapter is given a function instead of a model, this says the weights' structure.
+            like: left out; it is for adapters that take a function instead of a model.
             last: how many members of each run, counted from its end; default all. Unfinished ones are left out.
             activation: from outputs to probabilities, see `SnapshotEnsemble`.
             output: picks the tensor when the model returns something else.
@@ -117,7 +117,7 @@ class SnapshotEnsemble(_KerasEnsemble):
         Raises:
             StoreError: a directory holds no run, or fewer than `last` members.
             CorruptSnapshotError: a file is not what was written.
-            DataError: a member's places and shapes are not the model's, it was written by another framework, or an
+            DataError: a member's positions and shapes are not the model's, it was written by another framework, or an
                 argument is unknown.
         """
         return super().load(

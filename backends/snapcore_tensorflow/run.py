@@ -10,8 +10,7 @@ import tensorflow as tf
 
 from snapcore import Program, ProtocolError, Schedule
 from snapcore.protocol import as_program
-from snapcore.run import Ending, FollowedLoader
-from snapcore_keras.run import Following, FreshWeights
+from snapcore_keras.run import FreshWeights, KerasRun
 from snapcore_keras.schedule import SnapshotSchedule, check_rate, innermost
 from snapcore_tensorflow.distributed import current_group
 
@@ -84,9 +83,11 @@ class SnapshotRun:
         init: FreshWeights | None = None,
     ) -> None:
         _check_kinds(model, optimizer)
+        cycles = as_program(cycles_or_program).schedule
+        scheduled = check_rate(optimizer, cycles) is not None
         self._strategy = getattr(model, "distribute_strategy", None) or tf.distribute.get_strategy()
         with self._strategy.scope():
-            self._following = Following(
+            self._run = KerasRun(
                 directory,
                 cycles_or_program,
                 model,
@@ -96,18 +97,19 @@ class SnapshotRun:
                 resume_every=resume_every,
                 init=init,
                 group=current_group(self._strategy),
+                check=None if scheduled else _refuse_several,
+                scope=self._strategy.scope,
             )
-        self._recorder, self._cursor = self._following.recorder, self._following.cursor
+        self._recorder, self._cursor = self._run.recorder, self._run.cursor
         self._resumed = self._cursor.step > 0
-        self._ending = Ending(self._recorder, self._following.calls, self._look_at_end)
-        self._set_rate = _rate_setter(optimizer, as_program(cycles_or_program).schedule, self._following.before)
+        self._set_rate = None if scheduled else _rate_setter(optimizer, cycles, self._run.begun_at or 0)
         if self._set_rate is not None:
             self._set_rate()
 
     @property
     def updates(self) -> int:
         """Updates done, as the optimizer counts them until the run has ended; asking waits for the last one."""
-        return self._cursor.step if self._ending.reached else self._following.updates()
+        return self._run.updates
 
     @property
     def finished(self) -> bool:
@@ -131,8 +133,8 @@ class SnapshotRun:
         if not tf.executing_eagerly():
             raise ProtocolError("run.step() is called between updates, by Python: call it outside the tf.function")
         self._recorder.epochs.settle()  # an accumulated or skipped micro-batch is used, too
-        if self._following.called():
-            self._look()
+        if self._run.call():
+            self._run.look()
         else:
             self._recorder.record(0)  # raises what the writer has met
         if self._set_rate is not None:
@@ -148,15 +150,15 @@ class SnapshotRun:
             for _ in range(self._recorder.epochs.state_dict()["epoch"]):
                 iter(loader)  # draws the seed of an epoch that has passed
         self._resumed = False
-        return self._recorder.batches(FollowedLoader(loader, self._catch_up))
+        return self._run.batches(loader)
 
     def finish(self, reason: str) -> None:
         """End early, with an unfinished member if an update was done since the last one."""
-        self._ending.finish(reason)
+        self._run.finish(reason)
 
     def close(self) -> None:
         """Wait for the writer and raise its error, if it has one; a run left early may be opened again."""
-        self._ending.close(exact=True)
+        self._run.close(exact=True)
 
     def __enter__(self) -> Self:
         return self
@@ -164,28 +166,7 @@ class SnapshotRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ending.close(exact=kind is None)
-
-    def _look(self, *, unseen: int = 0) -> None:
-        if self._set_rate is not None:
-            self._refuse_several(unseen)
-        with self._strategy.scope():
-            self._following.look()
-
-    def _look_at_end(self) -> None:
-        self._look(unseen=1)  # the last update of a loop or an epoch may have no call after it
-
-    def _refuse_several(self, unseen: int) -> None:
-        new, calls = self._following.updates() - self._cursor.step, self._following.calls.waiting
-        if new > calls + unseen:
-            raise ProtocolError(
-                f"{new} updates were done in {calls} calls of run.step(), all at the rate set before them: call it "
-                "after every update, or build the optimizer with SnapshotSchedule(cycles) in place of a plain rate"
-            )
-
-    def _catch_up(self) -> None:
-        if self._following.calls.waiting and not self.finished:
-            self._look_at_end()
+        self._run.close(exact=kind is None)
 
 
 def _check_kinds(model: Any, optimizer: Any) -> None:
@@ -194,10 +175,16 @@ def _check_kinds(model: Any, optimizer: Any) -> None:
             raise ProtocolError(f"one Keras {name} is followed, got {type(value).__name__}")
 
 
-def _rate_setter(optimizer: Any, cycles: Schedule, before: int) -> Callable[[], None] | None:
-    """Return what sets a plain rate to that of the next update; None for an optimizer with a schedule."""
-    if check_rate(optimizer, cycles) is not None:
-        return None
+def _refuse_several(updates: int, calls: int) -> None:
+    if updates > calls:
+        raise ProtocolError(
+            f"{updates} updates were done in {calls} calls of run.step(), all at one rate: call it after every update, "
+            "or build the optimizer with SnapshotSchedule(cycles)"
+        )
+
+
+def _rate_setter(optimizer: Any, cycles: Schedule, before: int) -> Callable[[], None]:
+    """Return what sets a plain rate to that of the next update."""
     inner, rate = innermost(optimizer), SnapshotSchedule(cycles, begin=before)
 
     def set_rate() -> None:

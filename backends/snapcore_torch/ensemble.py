@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from snapcore import DataError, StoreError
+from snapcore import DataError
 from snapcore.ensemble import (
     ALREADY_PROBABILITIES,
     ROUNDS,
@@ -18,8 +18,12 @@ from snapcore.ensemble import (
     Directory,
     TuningReport,
     are_probabilities,
+    check_activation,
+    check_members,
+    check_strategy,
     deviation,
     member_files,
+    refuse_like,
     refuse_one_output,
     tune,
 )
@@ -76,15 +80,14 @@ class SnapshotEnsemble(nn.Module):
     ) -> None:
         super().__init__()
         self.models = nn.ModuleList(members).requires_grad_(False)
-        if not self.models:
-            raise StoreError("an ensemble needs at least one finished member, got none")
-        if isinstance(activation, str) and activation not in _ACTIVATIONS:
-            raise DataError(f"activation must be one of {sorted(_ACTIVATIONS)} or a callable, got {activation!r}")
+        check_members(self.models)
+        check_activation(activation)
+        check_strategy(strategy, STRATEGIES)
         self._activation = _ACTIVATIONS[activation] if isinstance(activation, str) else activation
         self._output = output
         self._unchecked = activation == "softmax"
         self._stacked: Stacked | None = None
-        self._strategy = _known(strategy)
+        self._strategy = strategy
         self._unproven = True
         super().train(False)
 
@@ -106,7 +109,7 @@ class SnapshotEnsemble(nn.Module):
             directories: a run directory, or several; every file is checked against its digest.
             model: the architecture, on the device to use. On the CPU the members' weights stay mapped to their
                 files. The model itself is neither changed nor kept.
-            like: nothing; where an adapter is given a function instead of a model, this says the weights' structure.
+            like: left out; it is for adapters that take a function instead of a model.
             last: how many members of each run, counted from its end; default all. Unfinished ones are left out.
             activation: from outputs to probabilities: `"softmax"` over the last axis, `"sigmoid"`, `"identity"`
                 or a callable.
@@ -119,9 +122,8 @@ class SnapshotEnsemble(nn.Module):
             CorruptSnapshotError: a file is not what was written.
             DataError: a member's names and shapes are not the model's, or an argument is unknown.
         """
-        _known(strategy)
-        if like is not None:
-            raise DataError(f"like must be left out: the model says the weights' structure; got {type(like).__name__}")
+        check_strategy(strategy, STRATEGIES)
+        refuse_like(like)
         files = member_files(directories, framework="torch", last=last)
         return cls(_modules(model, files), activation=activation, output=output, strategy=strategy)
 
@@ -200,25 +202,22 @@ class SnapshotEnsemble(nn.Module):
     def _run_stacked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         found = self._stack(args, kwargs)
         if self._unproven:
-            self._prove(found, args, kwargs)
+            with torch.no_grad():
+                wanted = torch.stack(list(self._each(args, kwargs)))
+            off = deviation(to_numpy(found), to_numpy(wanted))
+            types = {tensor.dtype for tensor in self.models.parameters() if tensor.is_floating_point()}
+            if not off <= max([_ROUNDING, *(8 * torch.finfo(dtype).eps for dtype in types)]):
+                raise DataError(
+                    f"stacked members give something else than the loop, by {off:.2g} of the largest value: weights "
+                    "lie outside parameters and buffers, or in several precisions; use strategy='loop'"
+                )
+            self._unproven = False
         return found
 
     def _stack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if self._stacked is None:
             self._stacked = Stacked(self.models)  # type: ignore[arg-type]  # a ModuleList is a sequence, undeclared
         return self._stacked(self._probabilities, *args, **kwargs)
-
-    def _prove(self, found: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with torch.no_grad():
-            wanted = torch.stack(list(self._each(args, kwargs)))
-        off = deviation(to_numpy(found), to_numpy(wanted))
-        limit = max(_ROUNDING, 8 * _precision(self.models))
-        if not off <= limit:
-            raise DataError(
-                f"stacked members give something else than the loop, by {off:.2g} of the largest value: the model "
-                "refers to weights outside its parameters and buffers, or is not in one precision; use strategy='loop'"
-            )
-        self._unproven = False
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self._stacked = None  # the members move or change their type
@@ -228,17 +227,6 @@ class SnapshotEnsemble(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._stacked = None  # the members get other weights
         super()._load_from_state_dict(*args, **kwargs)
-
-
-def _known(strategy: str) -> str:
-    if strategy not in STRATEGIES:
-        raise DataError(f"strategy must be one of {list(STRATEGIES)}, got {strategy!r}")
-    return strategy
-
-
-def _precision(models: nn.ModuleList) -> float:
-    types = {tensor.dtype for tensor in models.parameters() if tensor.is_floating_point()}
-    return max((torch.finfo(dtype).eps for dtype in types), default=0.0)
 
 
 def _modules(model: nn.Module, files: Iterable[Path]) -> Iterator[nn.Module]:

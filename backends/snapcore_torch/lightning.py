@@ -1,6 +1,6 @@
 """Snapshots from PyTorch Lightning's Trainer: one callback.
 
-Who owns what: Lightning's checkpoint holds weights, optimizer and loops, and in the callback's own state a `Place`;
+Who owns what: Lightning's checkpoint holds weights, optimizer and loops, and in the callback's own state a `Position`;
 the run directory holds the members. Lightning restores what it saved, and the run goes on at that place: members
 taken after the checkpoint are forgotten and taken again. Nothing is written twice.
 """
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from snapcore import Program, ProtocolError, Schedule, SnapcoreError
 from snapcore.protocol import as_program
-from snapcore.run import Place, check_length
+from snapcore.run import Position, check_length
 from snapcore_torch.run import FreshWeights, SnapshotRun
 from snapcore_torch.schedule import SnapshotLR
 
@@ -96,7 +96,7 @@ class SnapshotCallback(Callback):
         self._chosen = optimizer
         self._options: dict[str, Any] = {"resume": resume, "init": init, "reference_lr": reference_lr}
         self._run: SnapshotRun | None = None
-        self._place: Place | None = None
+        self._place: Position | None = None
         self._seen = 0
 
     @property
@@ -107,12 +107,12 @@ class SnapshotCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the place, once the members before it are on disk; nothing outside of training."""
         if self._run is not None:
-            self._place = self._run.place()
+            self._place = self._run.position()
         return {} if self._place is None else self._place.to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on at the place that `state_dict` returned."""
-        self._place = Place.from_dict(state_dict)
+        self._place = Position.from_dict(state_dict)
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:  # noqa: ARG002
         """Forget the place of an earlier fit; a checkpoint is read after this."""
@@ -125,7 +125,7 @@ class SnapshotCallback(Callback):
         optimizer = self._optimizer(trainer)
         self._check(trainer, optimizer, pl_module.automatic_optimization)
         self._seen = trainer.global_step
-        at = self._place or Place()
+        at = self._place or Position()
         self._run = SnapshotRun(self.directory, self.program, pl_module, optimizer, at=at, **self._options)
 
     def on_train_batch_end(self, trainer: "Trainer", *_: Any, **__: Any) -> None:

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from snapcore import Program, ProtocolError, Schedule
-from snapcore.protocol import Event, Restart
-from snapcore.run import Place, Recorder, restart_weights
+from snapcore.protocol import OptimizerState
+from snapcore.run import Group, Position, Recorder
 from snapcore.store import Tensors
 from snapcore_torch.counting import UpdateCount, inner
 from snapcore_torch.distributed import copy_from_first, current_group, refuse_sharded
@@ -61,8 +61,8 @@ class SnapshotRun:
             is taken to know its own place.
         weights: another module whose weights become the members, such as an `AveragedModel` (EMA); its count is part of
             resume points, and a restart gives it the new weights too.
-        at: where a trainer that keeps checkpoints of its own begins or goes on, from `place()`; it has restored weights
-            and optimizer by then. Resume points and SIGTERM are left to it.
+        at: where a trainer that keeps checkpoints of its own starts or resumes, from `position()`; it has restored
+            weights and optimizer by then. Resume points and SIGTERM are left to it.
 
     Raises:
         StoreError: the directory holds a finished run or another program's, is being written, or cannot be written.
@@ -98,43 +98,36 @@ class SnapshotRun:
         scaler: torch.amp.GradScaler | None = None,
         state: Mapping[str, Any] | None = None,
         weights: nn.Module | None = None,
-        at: Place | None = None,
+        at: Position | None = None,
     ) -> None:
-        program = cycles_or_program
-        if isinstance(program, Program) and program.between.source == "fresh" and init is None:
-            raise ProtocolError(
-                f"{program.method} starts members from fresh weights: pass init=, a function that gives a module or a "
-                "state dict for a member number"
-            )
         if not isinstance(optimizer, Optimizer):
             raise ProtocolError(
                 f"one torch.optim.Optimizer is counted, got {type(optimizer).__name__}: make one optimizer with a "
                 "parameter group for each, or give the others to a scheduler of their own and to state="
             )
         optimizer = inner(optimizer)
-        self._model, self._optimizer, self._init = model, optimizer, init
-        self._members = model if weights is None else weights
-        self._average = AverageCount(weights) if isinstance(weights, AveragedModel) else None
-        own = {"scaler": scaler, "average": self._average}
+        members = model if weights is None else weights
+        average = AverageCount(weights) if isinstance(weights, AveragedModel) else None
+        own = {"scaler": scaler, "average": average}
         self._extras = {**(state or {}), **{name: each for name, each in own.items() if each is not None}}
         refuse_sharded(model)
-        named_tensors(self._members)
+        named_tensors(members)
         self._rates = GroupRates(optimizer, reference_lr)
-        self._group = current_group()
-        self._source = _Source(self._members, model, optimizer, self._extras, writes=self._group.rank == 0)
+        group = current_group()
+        self._source = _Source(members, model, optimizer, self._extras, group=group, average=average, init=init)
         self._recorder = Recorder(
             directory,
-            program,
+            cycles_or_program,
             self._source,
             framework="torch",
             resume=resume,
             resume_every=resume_every,
-            group=self._group,
+            group=group,
             at=at,
         )
         self._cursor = self._recorder.cursor
         try:
-            self._restart(self._recorder.start())
+            self._recorder.start()
         except BaseException:
             self._recorder.close(exact=False)
             raise
@@ -170,9 +163,7 @@ class SnapshotRun:
         """
         counted = self._count.take()
         n = counted if updates is None else updates
-        events = self._recorder.record(n, late="take")
-        if events:
-            self._restart(events)
+        self._recorder.record(n, late="take")
         if n:
             self._rates.apply(self._cursor.lr)
 
@@ -185,19 +176,19 @@ class SnapshotRun:
         workers. Workers are started anew every epoch, those of `persistent_workers=True` too: nobody can save the
         random streams of older ones.
         """
-        places_itself = any(loader is stateful for stateful in self._extras.values())
+        stateful = any(loader is each for each in self._extras.values())
         self._source.use(loader)
-        return self._recorder.batches(with_new_workers(loader), places_itself=places_itself)
+        return self._recorder.batches(with_new_workers(loader), stateful=stateful)
 
     def extend(self) -> None:
         """Take in parameter groups that were added to the optimizer, at their ratio to the reference rate."""
         self._rates.extend()
         self._rates.apply(self._cursor.lr)
 
-    def place(self) -> Place:
+    def position(self) -> Position:
         """Return where the run is, for a trainer's own checkpoint, once the members before it are on disk."""
-        place = self._recorder.place()
-        return replace(place, step=place.step + self._count.waiting)
+        position = self._recorder.position()
+        return replace(position, step=position.step + self._count.waiting)
 
     def finish(self, reason: str) -> None:
         """End early, with an unfinished member if an update was done since the last one."""
@@ -217,53 +208,65 @@ class SnapshotRun:
         self._count.remove()
         self._recorder.__exit__(kind, error, trace)
 
-    def _restart(self, events: tuple[Event, ...]) -> None:
-        for event in events:
-            if isinstance(event, Restart):
-                tensors = restart_weights(event, self._recorder, self._fresh)
-                if tensors is not None:
-                    self._load(tensors, f"the {event.source} member")
-                if event.optimizer == "reset":
-                    self._optimizer.state.clear()
-
-    def _load(self, tensors: Tensors, what: str) -> None:
-        for module in dict.fromkeys((self._model, self._members)):
-            load_weights(module, tensors, what)
-            copy_from_first(named_tensors(module), self._group)
-        if self._average is not None:
-            self._average.begin_anew()
-
-    def _fresh(self, member: int) -> Tensors:
-        weights = self._init(member)  # type: ignore[misc]  # refused at construction if missing
-        return Copy(named_tensors(weights) if isinstance(weights, nn.Module) else weights).resolve()
-
 
 class _Source:
     """What is being trained, as the recorder sees it."""
 
     def __init__(
-        self, members: nn.Module, model: nn.Module, optimizer: Optimizer, extras: Mapping[str, Any], *, writes: bool
+        self,
+        members: nn.Module,
+        model: nn.Module,
+        optimizer: Optimizer,
+        extras: Mapping[str, Any],
+        *,
+        group: Group,
+        average: AverageCount | None,
+        init: FreshWeights | None,
     ) -> None:
-        self._parts = (members, model, optimizer, extras)
-        self._writes = writes
+        self._members, self._model, self._optimizer, self._extras = members, model, optimizer, extras
+        self._group, self._average, self._init = group, average, init
+        self._writes = group.rank == 0
         self._generators: list[torch.Generator] | None = None
         self._resumed: dict[str, Any] | None = None
 
+    @property
+    def fresh(self) -> Callable[[int], Copy] | None:
+        init = self._init
+        if init is None:
+            return None
+
+        def fresh(member: int) -> Copy:
+            weights = init(member)
+            return Copy(named_tensors(weights) if isinstance(weights, nn.Module) else weights)
+
+        return fresh
+
     def use(self, loader: object) -> None:
-        """Take in the generators of the loader about to be walked; on going on, as they were."""
+        """Take in the generators of the loader about to be walked; after a resume, as they were."""
         self._generators = generators(loader)
         if self._resumed is not None:
             set_generators(self._generators, self._resumed)
             self._resumed = None
 
     def capture(self) -> Copy:
-        return Copy(named_tensors(self._parts[0]) if self._writes else {})
+        return Copy(named_tensors(self._members) if self._writes else {})
+
+    def restore(self, tensors: Tensors | None, *, optimizer: OptimizerState) -> None:
+        if tensors is not None:
+            for module in dict.fromkeys((self._model, self._members)):
+                load_weights(module, tensors, "a restart's member")
+                copy_from_first(named_tensors(module), self._group)
+            if self._average is not None:
+                self._average.begin_anew()
+        if optimizer == "reset":
+            self._optimizer.state.clear()
 
     def dump(self) -> tuple[Copy, dict[str, Any]]:
-        return dump_training(*self._parts) if self._writes else (Copy({}), {})
+        parts = self._members, self._model, self._optimizer, self._extras
+        return dump_training(*parts) if self._writes else (Copy({}), {})
 
     def load(self, tensors: Tensors, values: dict[str, Any]) -> None:
-        load_training(*self._parts, tensors, values)
+        load_training(self._members, self._model, self._optimizer, self._extras, tensors, values)
 
     def random_state(self) -> dict[str, Any]:
         return random_state(self._generators or ())

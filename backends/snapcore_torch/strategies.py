@@ -19,7 +19,7 @@ _INSTEAD = "use strategy='loop'"
 class Stacked:
     """Run all members in one call, their tensors stacked along a first axis of members.
 
-    Tied weights are stacked once and put in every place they are tied to. What a module refers to from outside its
+    Tied weights are stacked once, and used under each of their names. What a module refers to from outside its
     parameters and buffers is the first member's, so the first batch should be compared with the loop.
 
     Arguments:
@@ -31,9 +31,16 @@ class Stacked:
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         models = [unwrapped(member) for member in members]
-        tensors = [_tensors(model) for model in models]
+        tensors = [
+            dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
+            for model in models
+        ]  # buffers outside the state too, and every name of a tied tensor
         _check_alike(models, tensors)
-        _refuse_recurrent(models[0])
+        for name, module in models[0].named_modules():
+            if isinstance(module, nn.RNNBase):
+                raise DataError(
+                    f"{name or 'the model'!r} is {type(module).__name__}, for which torch.vmap has no rule: {_INSTEAD}"
+                )
         stacks: dict[tuple[int, ...], Tensor] = {}
         self._base = models[0]
         self._tensors = {}
@@ -51,7 +58,12 @@ class Stacked:
             DataError: under autocast, which `torch.vmap` leaves out in part without saying so; or the model does
                 something that cannot be vectorised. What one member alone fails at too is raised as it is.
         """
-        self._refuse_autocast()
+        for device in {tensor.device.type for tensor in self._tensors.values()}:
+            if torch.is_autocast_enabled(device):
+                raise DataError(
+                    f"stacked members would leave autocast out in part: {_INSTEAD}, or convert the model itself, "
+                    "such as model.bfloat16()"
+                )
 
         def member(tensors: dict[str, Tensor]) -> Tensor:
             return each(functional_call(self._base, tensors, args, kwargs, tie_weights=False, strict=True))
@@ -64,19 +76,6 @@ class Stacked:
         member({name: stack[0].clone() for name, stack in self._tensors.items()})
         raise DataError(f"{type(self._base).__name__} cannot be run stacked: {failed}; {_INSTEAD}") from failed
 
-    def _refuse_autocast(self) -> None:
-        for device in {tensor.device.type for tensor in self._tensors.values()}:
-            if torch.is_autocast_enabled(device):
-                raise DataError(
-                    f"stacked members would leave autocast out in part: {_INSTEAD}, or convert the model itself, "
-                    "such as model.bfloat16()"
-                )
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and buffers, those that are no part of the state too, under every name they have."""
-    return dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
-
 
 def _check_alike(models: Sequence[nn.Module], tensors: Sequence[dict[str, Tensor]]) -> None:
     kinds = [{name: (tensor.shape, tensor.dtype, tensor.device) for name, tensor in each.items()} for each in tensors]
@@ -88,17 +87,9 @@ def _check_alike(models: Sequence[nn.Module], tensors: Sequence[dict[str, Tensor
             if kind.get(name) != kinds[0].get(name):
                 raise DataError(
                     f"stacked members must have the same tensors, but {name!r} of member {number} is "
-                    f"{_told(kind.get(name))}, the first's is {_told(kinds[0].get(name))}: {_INSTEAD}"
+                    f"{_described(kind.get(name))}, the first's is {_described(kinds[0].get(name))}: {_INSTEAD}"
                 )
 
 
-def _told(kind: tuple[torch.Size, torch.dtype, torch.device] | None) -> str:
+def _described(kind: tuple[torch.Size, torch.dtype, torch.device] | None) -> str:
     return "missing" if kind is None else f"{tuple(kind[0])} {kind[1]} on {kind[2]}"
-
-
-def _refuse_recurrent(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.RNNBase):
-            raise DataError(
-                f"{name or 'the model'!r} is {type(module).__name__}, for which torch.vmap has no rule: {_INSTEAD}"
-            )

@@ -1,7 +1,7 @@
 """Snapshots from the Trainer of transformers: one callback.
 
 Who owns what: the Trainer's checkpoint holds weights, optimizer, random states and the place in the data, and in
-`trainer_state.json` a `Place`; the run directory holds the members. The Trainer restores what it saved, and the run
+`trainer_state.json` a `Position`; the run directory holds the members. The Trainer restores what it saved, and the run
 goes on at that place: members taken after the checkpoint are forgotten and taken again.
 """
 
@@ -23,7 +23,7 @@ except ModuleNotFoundError as error:
 
 from snapcore import Program, ProtocolError, Schedule, program_from_dict
 from snapcore.protocol import as_program
-from snapcore.run import Place, check_length
+from snapcore.run import Position, check_length
 from snapcore_torch.run import FreshWeights, SnapshotRun
 from snapcore_torch.schedule import SnapshotLR
 
@@ -76,12 +76,12 @@ class SnapshotCallback(TrainerCallback, ExportableState):
         self.program = program_from_dict(given) if isinstance(given, Mapping) else as_program(given)
         self._options: dict[str, Any] = {"resume": resume, "init": init, "reference_lr": reference_lr}
         self._run: SnapshotRun | None = None
-        self.place = Place().to_dict()
+        self.place = Position().to_dict()
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer keeps in a checkpoint, once the members before it are on disk."""
         if self._run is not None:
-            self.place = self._run.place().to_dict()
+            self.place = self._run.position().to_dict()
         kept = {name: self._options[name] for name in ("resume", "reference_lr")}
         arguments = {"directory": str(self.directory), "cycles_or_program": self.program.to_dict(), **kept}
         return {"args": arguments, "attributes": {"place": self.place}}
@@ -96,7 +96,7 @@ class SnapshotCallback(TrainerCallback, ExportableState):
         """Open the run where the Trainer is, and set the first rate."""
         self._close()
         self._check(args, state, kwargs["lr_scheduler"])
-        at = self._place_in(state) if state.global_step else Place()
+        at = self._place_in(state) if state.global_step else Position()
         self._run = SnapshotRun(
             self.directory, self.program, kwargs["model"], kwargs["optimizer"], at=at, **self._options
         )
@@ -126,7 +126,7 @@ class SnapshotCallback(TrainerCallback, ExportableState):
         if run is not None:
             run.close()
 
-    def _place_in(self, state: TrainerState) -> Place:
+    def _place_in(self, state: TrainerState) -> Position:
         kept: Any = state.stateful_callbacks  # a dict, whatever its annotation says
         saved = kept.get(type(self).__name__)
         if not isinstance(saved, dict):
@@ -134,7 +134,7 @@ class SnapshotCallback(TrainerCallback, ExportableState):
                 f"training goes on after step {state.global_step} of a checkpoint that was saved without this callback "
                 "(or with several): train from the beginning, with one"
             )
-        return Place.from_dict(saved["attributes"]["place"])
+        return Position.from_dict(saved["attributes"]["place"])
 
     def _check(self, args: TrainingArguments, state: TrainerState, scheduler: Any) -> None:
         if args.deepspeed or args.fsdp:

@@ -4,11 +4,19 @@ The adapters and the application import from here, never from a file behind this
 """
 
 from snapcore.ensemble.combine import MemberSequence, combine, prefix_curve
-from snapcore.ensemble.members import Directory, member_files
-from snapcore.ensemble.outputs import ALREADY_PROBABILITIES, are_probabilities, refuse_one_output, refuse_probabilities
-from snapcore.ensemble.tuning import ROUNDS, TOLERANCE, Trial, TuningReport, deviation, tune
+from snapcore.ensemble.members import Directory, check_members, member_files, refuse_like
+from snapcore.ensemble.outputs import (
+    ACTIVATIONS,
+    ALREADY_PROBABILITIES,
+    are_probabilities,
+    check_activation,
+    refuse_one_output,
+    refuse_probabilities,
+)
+from snapcore.ensemble.tuning import ROUNDS, TOLERANCE, Trial, TuningReport, check_strategy, deviation, tune
 
 __all__ = [
+    "ACTIVATIONS",
     "ALREADY_PROBABILITIES",
     "ROUNDS",
     "TOLERANCE",
@@ -17,10 +25,14 @@ __all__ = [
     "Trial",
     "TuningReport",
     "are_probabilities",
+    "check_activation",
+    "check_members",
+    "check_strategy",
     "combine",
     "deviation",
     "member_files",
     "prefix_curve",
+    "refuse_like",
     "refuse_one_output",
     "refuse_probabilities",
     "tune",

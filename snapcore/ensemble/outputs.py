@@ -1,7 +1,7 @@
-"""What a model gives, looked at before it is averaged: outputs that softmax would spoil are refused."""
+"""What a model returns, checked before it is averaged: outputs that softmax would spoil are refused."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,15 +9,28 @@ import numpy.typing as npt
 
 from snapcore.errors import DataError
 
+ACTIVATIONS = ("softmax", "sigmoid", "identity")
+"""The names that every adapter has a function for."""
+
 ALREADY_PROBABILITIES = (
     "the model's outputs already are probabilities (none below 0, rows that sum to 1), and softmax of them would be "
     "wrong: pass activation='identity'"
 )
-"""What a user is told whose model ends in softmax."""
+"""The error of a model that ends in softmax."""
 
 _HALF = ("float16", "bfloat16")
 _ROUNDING = 1e-3
 _ROUNDING_HALF = 2e-2
+
+
+def check_activation(activation: object, names: Iterable[str] = ACTIVATIONS) -> None:
+    """Check that an activation is one of the names, or no name at all: a function of the user's.
+
+    Raises:
+        DataError: it is another name.
+    """
+    if isinstance(activation, str) and activation not in names:
+        raise DataError(f"activation must be one of {sorted(names)} or a callable, got {activation!r}")
 
 
 def refuse_probabilities(outputs: npt.NDArray[Any]) -> None:
@@ -62,7 +75,7 @@ def refuse_one_output(shape: Sequence[int]) -> None:
 
 
 def are_probabilities(outputs: Any, *, half: bool = False) -> Any:
-    """Tell whether no output is below 0, and all rows sum to 1 up to rounding.
+    """Return whether no output is below 0, and all rows sum to 1 up to rounding.
 
     For arrays that are not on the host: it only compares and adds up, so they may be of PyTorch or JAX, and traced.
 
@@ -71,7 +84,7 @@ def are_probabilities(outputs: Any, *, half: bool = False) -> Any:
         half: whether they were computed in half precision, and rows may be 0.02 off instead of 0.001.
 
     Returns:
-        One bool of the arrays' own kind; False where there is nothing to tell by.
+        One bool of the arrays' own kind; False where there are no outputs.
 
     Example:
         >>> bool(are_probabilities(np.array([[0.25, 0.75]])))

@@ -1,7 +1,7 @@
 """Which way of running an ensemble is the fastest here: measured in turns, and checked against the plain one."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ _SAMPLE = 0.01
 _LEAST = 5
 """Rounds that all take part in, whatever they last."""
 _NEAR = 1.5
-"""Times the fastest: whose best sample is slower is passed over: slow moments do not explain that."""
+"""Times the fastest: whose best sample is slower is passed over, since slow moments do not explain that."""
 _LONGEST = 2.0
 """After how many seconds no round begins any more."""
 
@@ -66,13 +66,24 @@ class TuningReport(Mapping[str, Trial]):
         return len(self.trials)
 
     def __str__(self) -> str:
-        return "\n".join(self._line(name, trial) for name, trial in self.items())
+        lines = []
+        for name, trial in self.items():
+            if trial.seconds is None:
+                lines.append(f"{name}: refused, {trial.refused}")
+            else:
+                kept = "  <- kept" if name == self.chosen else ""
+                lines.append(f"{name}: {trial.seconds * 1e3:.3g} ms, deviation {trial.deviation:.1g}{kept}")
+        return "\n".join(lines)
 
-    def _line(self, name: str, trial: Trial) -> str:
-        if trial.seconds is None:
-            return f"{name}: refused, {trial.refused}"
-        kept = "  <- kept" if name == self.chosen else ""
-        return f"{name}: {trial.seconds * 1e3:.3g} ms, deviation {trial.deviation:.1g}{kept}"
+
+def check_strategy(strategy: str, names: Iterable[str]) -> None:
+    """Check that a strategy is one of the adapter's.
+
+    Raises:
+        DataError: it is not.
+    """
+    if strategy not in names:
+        raise DataError(f"strategy must be one of {list(names)}, got {strategy!r}")
 
 
 def tune(
@@ -99,7 +110,7 @@ def tune(
         to_host: brings a result to the host.
         tolerance: the largest deviation, max |p − q| / max |q|, with which a strategy may be chosen.
         rounds: the most samples of each, 1 or more; fewer are taken of slow strategies, and where calls are long.
-        clock: tells the time in seconds, which must pass.
+        clock: returns the time in seconds, which must pass.
 
     Raises:
         DataError: `rounds` is below 1.
@@ -116,7 +127,14 @@ def tune(
     first, *others = strategies
     reference = to_host(run(first))
     trials = {first: Trial(deviation=0.0)}
-    trials |= {name: _trial(run, name, to_host, reference, tolerance) for name in others}
+    for name in others:
+        try:
+            found = deviation(to_host(run(name)), reference)
+        except SnapcoreError as error:
+            trials[name] = Trial(refused=str(error))
+            continue
+        refused = None if found <= tolerance else f"it deviates by {found:.2g}, more than {tolerance:.2g}"
+        trials[name] = Trial(deviation=found, refused=refused)
     times = _times(run, [name for name in strategies if trials[name].refused is None], rounds, clock)
     quartiles = {name: _quartile(seconds) for name, seconds in times.items()}
     measured = {name: Trial(seconds, trials[name].deviation) for name, seconds in quartiles.items()}
@@ -133,22 +151,6 @@ def deviation(found: NDArray[Any], wanted: NDArray[Any]) -> float:
     return float(difference / (np.abs(wanted.astype(np.float64)).max() or 1.0))
 
 
-def _trial(
-    run: Callable[[str], Result],
-    name: str,
-    to_host: Callable[[Result], NDArray[Any]],
-    reference: NDArray[Any],
-    tolerance: float,
-) -> Trial:
-    try:
-        found = deviation(to_host(run(name)), reference)
-    except SnapcoreError as error:
-        return Trial(refused=str(error))
-    if found <= tolerance:
-        return Trial(deviation=found)
-    return Trial(deviation=found, refused=f"it deviates by {found:.2g}, more than {tolerance:.2g}")
-
-
 def _times(
     run: Callable[[str], object], names: Sequence[str], rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
@@ -157,15 +159,13 @@ def _times(
     for done in range(rounds):
         if done >= _LEAST and clock() >= end:
             break
-        near = list(names) if done < _LEAST else _near(times)
+        near = list(names)
+        if done >= _LEAST:
+            fastest = min(map(_quartile, times.values()))
+            near = [name for name in names if min(times[name]) <= _NEAR * fastest]
         for name in reversed(near) if done % 2 else near:
             times[name].append(_sample(run, name, clock))
     return times
-
-
-def _near(times: Mapping[str, Sequence[float]]) -> list[str]:
-    fastest = min(map(_quartile, times.values()))
-    return [name for name, seconds in times.items() if min(seconds) <= _NEAR * fastest]
 
 
 def _quartile(seconds: Sequence[float]) -> float:

@@ -6,10 +6,15 @@ import sys
 import warnings
 from typing import Any
 
+_EXTRA = ("typer", "rich", "matplotlib", "sklearn", "scipy")
+
 
 def main() -> None:
     """Run the `snapcore` command; without the `lab` extra, say how to install it."""
-    _speak_plainly()
+    warnings.formatwarning = _one_line
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's own notes on its start
+    logging.basicConfig(format="snapcore: %(message)s")
+    logging.getLogger("snapcore").setLevel(logging.INFO)
     try:
         from snapcore.lab.cli import run
     except ModuleNotFoundError as error:
@@ -19,16 +24,5 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
-def _speak_plainly() -> None:
-    """Tell what the core warns of and notes in lines of its own, without the source they come from."""
-    warnings.formatwarning = _one_line
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's own notes on its start
-    logging.basicConfig(format="snapcore: %(message)s")
-    logging.getLogger("snapcore").setLevel(logging.INFO)
-
-
 def _one_line(message: Warning | str, *where: Any, **more: Any) -> str:  # noqa: ARG001
-    return f"snapcore: {message}\n"
-
-
-_EXTRA = ("typer", "rich", "matplotlib", "sklearn", "scipy")
+    return f"snapcore: {message}\n"  # without the line of source that warned

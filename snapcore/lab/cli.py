@@ -2,7 +2,7 @@
 
 import itertools
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,10 +16,10 @@ from snapcore.lab.evaluate import evaluate as evaluate_runs
 from snapcore.lab.evaluate import write_results
 from snapcore.lab.job import Job, first_backend
 from snapcore.lab.plots import plot_schedule
-from snapcore.lab.train import is_left_to_do
+from snapcore.lab.train import is_resumable
 from snapcore.lab.train import train as train_job
 from snapcore.protocol import METHODS, program
-from snapcore.schedule import Schedule, StepDecay
+from snapcore.schedule import StepDecay
 from snapcore.store import SnapshotStore
 
 app = typer.Typer(
@@ -50,7 +50,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of weights and batches.", min=0)] = 0,
     train_limit: Annotated[int | None, typer.Option(help="Keep the first so many training images.", min=1)] = None,
     output: Annotated[Path | None, typer.Option(help="The run's directory. Default: a new one in runs/.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with an unfinished run; --no-resume moves it aside.")] = True,
+    resume: Annotated[bool, typer.Option(help="Resume an unfinished run; --no-resume moves it aside.")] = True,
     resume_every: Annotated[
         int | None, typer.Option(help="Updates between resume points, beside those at every cycle's end.", min=1)
     ] = None,
@@ -70,7 +70,8 @@ def train(
         seed=seed,
         train_limit=train_limit,
     )
-    directory = output or _directory_for(job, resume)
+    numbered = _numbered(f"{job.data}-{job.model.rpartition(':')[2]}-{job.method}")
+    directory = output or next(path for path in numbered if not path.exists() or (resume and is_resumable(job, path)))
     display = Display()
     results = train_job(job, chosen, directory, display, resume=resume, resume_every=resume_every)
     display.ensembles(results["ensemble"])
@@ -86,13 +87,14 @@ def evaluate(
     """Score the ensemble of one run, or of several together, and write results.json."""
     results = evaluate_runs(runs, last=last)
     Display().ensembles(results["ensemble"])
-    directory = output or (runs[0] if len(runs) == 1 else _free_directory("evaluation"))
+    several = next(path for path in _numbered("evaluation") if not path.exists())
+    directory = output or (runs[0] if len(runs) == 1 else several)
     typer.echo(f"wrote {write_results(results, directory)}")
 
 
 @app.command()
 def inspect(runs: Runs) -> None:
-    """Tell what run directories hold."""
+    """Show what run directories hold."""
     for run in runs:
         for line in describe_run(run):
             typer.echo(line)
@@ -119,9 +121,12 @@ def schedule(
     plot: Annotated[Path | None, typer.Option(help="Also draw it, to this file.")] = None,
 ) -> None:
     """Print a method's schedule, and draw it."""
-    given = {"lr_min": lr_min, "warmup_steps": warmup_steps, "remainder": remainder}
+    given: dict[str, Any] = {"lr_min": lr_min, "warmup_steps": warmup_steps, "remainder": remainder}
     options = {name: value for name, value in given.items() if value is not None}
-    chosen = _schedule(method, lr, steps, cycles, options)
+    if options and isinstance(program(method, lr=lr, steps=steps, cycles=1).schedule, StepDecay):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+        raise ScheduleError(f"{method} has no cosine cycles, got {names}: leave that out, or choose another --method")
+    chosen = program(method, lr=lr, steps=steps, cycles=cycles, **options).schedule
     for line in describe_schedule(chosen):
         typer.echo(line)
     if plot is not None:
@@ -151,12 +156,12 @@ def run(arguments: list[str]) -> int:
     except (SnapcoreError, OSError, typer.TyperException, typer.Abort) as error:
         if debug:
             traceback.print_exc()
-        typer.echo(_told(error), err=True)
+        typer.echo(_line(error), err=True)
         return error.exit_code if isinstance(error, typer.TyperException) else 1
     return code if isinstance(code, int) else 0
 
 
-def _told(error: Exception) -> str:
+def _line(error: Exception) -> str:
     if isinstance(error, typer.TyperException):
         message = error.format_message()
         if message.startswith("Usage:"):  # no command was given: these are
@@ -168,23 +173,6 @@ def _told(error: Exception) -> str:
     if isinstance(error, SnapcoreError):
         return f"snapcore: {text}"
     return f"snapcore: {text or 'stopped'}; --debug shows where"
-
-
-def _schedule(method: str, lr: float, steps: int, cycles: int, options: Mapping[str, Any]) -> Schedule:
-    if options and isinstance(program(method, lr=lr, steps=steps, cycles=1).schedule, StepDecay):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in options)
-        raise ScheduleError(f"{method} has no cosine cycles, got {names}: leave that out, or choose another --method")
-    return program(method, lr=lr, steps=steps, cycles=cycles, **options).schedule
-
-
-def _directory_for(job: Job, resume: bool) -> Path:
-    """Return the directory of this very job, if it was left unfinished, or a new one."""
-    places = _numbered(f"{job.data}-{job.model.rpartition(':')[2]}-{job.method}")
-    return next(place for place in places if not place.exists() or (resume and is_left_to_do(job, place)))
-
-
-def _free_directory(name: str) -> Path:
-    return next(directory for directory in _numbered(name) if not directory.exists())
 
 
 def _numbered(name: str) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""Tell what a run directory holds, without loading a framework."""
+"""What a run directory holds, in lines, without loading a framework."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, and after it."""
+"""What a person sees during a run, and after it."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

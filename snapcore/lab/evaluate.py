@@ -9,14 +9,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from snapcore.backend import Backend, load_backend
+from snapcore.backend import load_backend
 from snapcore.ensemble import prefix_curve
 from snapcore.errors import DataError, StoreError
-from snapcore.lab.datasets import Dataset
-from snapcore.lab.job import Job, load_job
+from snapcore.lab.job import load_job
 from snapcore.lab.predictions import Predictions, Scored
 from snapcore.protocol import program_from_dict
-from snapcore.store import SnapshotStore, replacing
+from snapcore.store import SnapshotStore, atomic_write
 
 RESULTS = "results.json"
 
@@ -45,10 +44,12 @@ def evaluate(directories: Sequence[Path], *, last: int | None = None) -> dict[st
         raise DataError(f"{where} were tested on different images: give runs on the same data, or one at a time")
     stores = [SnapshotStore(directory) for directory in directories]
     backend = functools.cache(load_backend)
-    runs = [
-        _predictions(store, job, dataset, backend(job.backend), last)
-        for store, job, dataset in zip(stores, jobs, datasets, strict=True)
-    ]
+    runs = []
+    for store, job, dataset in zip(stores, jobs, datasets, strict=True):
+        if store.program is None:
+            raise StoreError(f"{store.path} has no program: snapcore train did not make it; choose another")
+        state = job.state(backend(job.backend), dataset, program_from_dict(store.program))
+        runs.append(Predictions(store, backend(job.backend), state, dataset.x_test, last))
     scored = Scored(runs, labels)
     curve = prefix_curve(scored, labels)
     return {
@@ -56,8 +57,8 @@ def evaluate(directories: Sequence[Path], *, last: int | None = None) -> dict[st
         "updates": sum(store.members[-1].step for store in stores),
         "seconds": round(time.perf_counter() - began, 3),
         "members": [
-            {"index": member.index, "step": member.step, "lr": member.lr, **scored.scores[place]}
-            for place, member in enumerate(scored.members)
+            {"index": member.index, "step": member.step, "lr": member.lr, **scored.scores[position]}
+            for position, member in enumerate(scored.members)
         ],
         "ensemble": curve,
     }
@@ -68,20 +69,11 @@ def write_results(results: dict[str, Any], directory: Path) -> Path:
     path = directory / RESULTS
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(msgspec.json.format(msgspec.json.encode(results)) + b"\n")
     except OSError as error:
         raise StoreError(f"{path} cannot be written: {error}; choose another --output") from error
     return path
-
-
-def _predictions(
-    store: SnapshotStore, job: Job, dataset: Dataset, backend: Backend[Any], last: int | None
-) -> Predictions:
-    if store.program is None:
-        raise StoreError(f"{store.path} says nothing of its program: snapcore train did not make it; choose another")
-    state = job.state(backend, dataset, program_from_dict(store.program))
-    return Predictions(store, backend, state, dataset.x_test, last)
 
 
 def _joined(names: Iterable[str]) -> str:

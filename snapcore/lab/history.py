@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from snapcore.errors import StoreError
-from snapcore.store import replacing
+from snapcore.store import atomic_write
 
 FILE = "history.csv"
 _HEADER = ("step", "lr", "loss")
@@ -15,8 +15,8 @@ _HEADER = ("step", "lr", "loss")
 class History:
     """Collect losses as a run reports them; `write` brings `history.csv` up to date.
 
-    A run that goes on reads the table first. Updates that are done again, because they came after the resume point,
-    take the place of the rows they had.
+    A run that is resumed reads the table first. Updates that are done again, because they came after the resume
+    point, replace the rows they had.
 
     Arguments:
         directory: of the run.
@@ -43,7 +43,7 @@ class History:
         """
         try:
             if self._written is None:
-                with replacing(self._path) as temporary:
+                with atomic_write(self._path) as temporary:
                     _append(temporary, [_HEADER, *self.rows])
             else:
                 _append(self._path, self.rows[self._written :])
@@ -68,5 +68,5 @@ def _read(path: Path) -> list[tuple[int, float, float]]:
         return [(int(step), float(lr), float(loss)) for step, lr, loss in csv.reader(lines[1:])]
     except ValueError as error:
         raise StoreError(
-            f"{path} is damaged: {error}; delete it, and the run goes on without its first rows"
+            f"{path} is damaged: {error}; delete it, and the run resumes without its first rows"
         ) from error

@@ -12,7 +12,7 @@ from snapcore.data import TrainingData
 from snapcore.errors import BackendNotFoundError, DataError, StoreError
 from snapcore.lab.datasets import Dataset, load_data
 from snapcore.protocol import Program, program
-from snapcore.store import replacing
+from snapcore.store import atomic_write
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -92,7 +92,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         """
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with replacing(directory / FILE) as temporary:
+            with atomic_write(directory / FILE) as temporary:
                 temporary.write_bytes(msgspec.json.format(msgspec.json.encode(self)) + b"\n")
         except OSError as error:
             raise StoreError(f"{directory} cannot be written: {error}; choose another --output") from error
@@ -104,7 +104,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         if names:
             there, here = ({name: getattr(job, name) for name in names} for job in (other, self))
             raise StoreError(
-                f"{directory} holds a run with {there}, asked for {here}: ask for the same to go on with it, choose "
+                f"{directory} holds a run with {there}, asked for {here}: ask for the same to resume it, choose "
                 "another --output, or pass --no-resume, which moves it aside"
             )
 

@@ -56,15 +56,15 @@ class Scored(Sequence[Probabilities]):
     def __init__(self, runs: Sequence[Predictions], labels: NDArray[np.int64]) -> None:
         self.members = [member for run in runs for member in run.members]
         self.scores: dict[int, Mapping[str, float]] = {}
-        self._places = [(run, index) for run in runs for index in range(len(run))]
+        self._positions = [(run, index) for run in runs for index in range(len(run))]
         self._labels = labels
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._positions)
 
     def __getitem__(self, index: Any) -> Any:
-        run, place = self._places[index]
-        values = run[place]
+        run, position = self._positions[index]
+        values = run[position]
         self.scores[index] = score(values, self._labels)
         return values
 

@@ -4,9 +4,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from snapcore.backend import Backend, Report
+from snapcore.backend import Backend
 from snapcore.errors import StoreError
-from snapcore.lab.datasets import Dataset
 from snapcore.lab.display import Display
 from snapcore.lab.evaluate import RESULTS, evaluate, write_results
 from snapcore.lab.history import History
@@ -14,7 +13,7 @@ from snapcore.lab.job import FILE, Job, load_job
 from snapcore.lab.plots import plot_training
 from snapcore.lab.predictions import probabilities
 from snapcore.metrics import score
-from snapcore.protocol import Program, Snapshot
+from snapcore.protocol import Snapshot
 from snapcore.run import execute
 from snapcore.store import MANIFEST, SnapshotStore, clear_point, move_aside
 
@@ -32,15 +31,15 @@ def train(
 ) -> dict[str, Any]:
     """Run a job, and write members, `history.csv`, `training.png` and `results.json` into `directory`.
 
-    Started again after a kill, it goes on where it was, and ends with the members and results of a run that was never
-    stopped. What cannot be run at all is refused before the directory is touched.
+    Started again after a kill, it resumes, and ends with the members and results of a run that was never stopped.
+    What cannot be run at all is refused before the directory is touched.
 
     Arguments:
         job: what to do.
         backend: the one `job.backend` names.
         directory: the run's own.
         display: shows progress.
-        resume: go on with an unfinished run that is there; False moves any run aside.
+        resume: resume an unfinished run that is there; False moves any run aside.
         resume_every: updates between two resume points, beside those at every cycle's end.
 
     Returns:
@@ -56,7 +55,11 @@ def train(
     job.state(backend, dataset, program)  # raises for a model that cannot be built
     trained = _open(job, directory, resume)
     history = History(directory, program.schedule)
-    display.line(_headline(job, backend, dataset, program))
+    members = len(program.schedule.snapshot_steps)
+    display.line(
+        f"{job.method} on {dataset.name}: {job.model}, {len(dataset.x_train)} training images, "
+        f"{program.updates} updates, {members} {'member' if members == 1 else 'members'}; {backend.about()}"
+    )
     began = time.perf_counter()
     if not trained:
 
@@ -67,6 +70,11 @@ def train(
             return scores
 
         with display.progress(program) as show:
+
+            def report(step: int, loss: float) -> None:
+                history.report(step, loss)
+                show(step, loss)
+
             execute(
                 program,
                 backend,
@@ -74,7 +82,7 @@ def train(
                 data=data,
                 directory=directory,
                 seed=job.seed,
-                report=_both(history.report, show),
+                report=report,
                 metrics=measure,
                 resume_every=resume_every,
                 before_point=history.write,
@@ -86,15 +94,15 @@ def train(
     return results
 
 
-def is_left_to_do(job: Job, directory: Path) -> bool:
-    """Tell whether a directory holds this very job, not yet trained to its end and scored."""
+def is_resumable(job: Job, directory: Path) -> bool:
+    """Return whether a directory holds this very job, not yet trained to its end and scored."""
     if not (directory / FILE).exists() or load_job(directory) != job:
         return False
     return not ((directory / RESULTS).exists() and _is_trained(directory))
 
 
 def _open(job: Job, directory: Path, resume: bool) -> bool:
-    """Make the directory this job's; tell whether all that is left to do is to score its members."""
+    """Make the directory this job's; return whether it is trained, and has only to be scored."""
     held = (directory / MANIFEST).exists()
     if held and not resume:
         move_aside(directory)
@@ -102,7 +110,7 @@ def _open(job: Job, directory: Path, resume: bool) -> bool:
         job.save(directory)
         return False
     job.refuse_other(directory)
-    if not is_left_to_do(job, directory):
+    if not is_resumable(job, directory):
         raise StoreError(
             f"{directory} holds a run that is finished: score it with snapcore evaluate, choose another --output, or "
             "pass --no-resume, which moves it aside"
@@ -116,19 +124,3 @@ def _open(job: Job, directory: Path, resume: bool) -> bool:
 
 def _is_trained(directory: Path) -> bool:
     return (directory / MANIFEST).exists() and SnapshotStore(directory).stopped is not None
-
-
-def _both(first: Report, second: Report) -> Report:
-    def report(step: int, loss: float) -> None:
-        first(step, loss)
-        second(step, loss)
-
-    return report
-
-
-def _headline(job: Job, backend: Backend[Any], dataset: Dataset, program: Program) -> str:
-    members = len(program.schedule.snapshot_steps)
-    return (
-        f"{job.method} on {dataset.name}: {job.model}, {len(dataset.x_train)} training images, "
-        f"{program.updates} updates, {members} {'member' if members == 1 else 'members'}; {backend.about()}"
-    )

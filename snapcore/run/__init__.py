@@ -3,26 +3,25 @@
 The adapters and the application import from here, never from a file behind this door.
 """
 
-from snapcore.run.counted import Calls, Ending, FollowedLoader
+from snapcore.run.counted import CountedRun
 from snapcore.run.execute import execute
 from snapcore.run.group import Alone, Group
 from snapcore.run.random_state import random_state, set_random_state
-from snapcore.run.recorder import AGREE_EVERY, WEIGHTS, Recorder, restart_weights
-from snapcore.run.trainer import Place, check_length
+from snapcore.run.recorder import Recorder, Source, require_fresh
+from snapcore.run.saving import WEIGHTS
+from snapcore.run.trainer import Position, check_length
 
 __all__ = [
-    "AGREE_EVERY",
     "WEIGHTS",
     "Alone",
-    "Calls",
-    "Ending",
-    "FollowedLoader",
+    "CountedRun",
     "Group",
-    "Place",
+    "Position",
     "Recorder",
+    "Source",
     "check_length",
     "execute",
     "random_state",
-    "restart_weights",
+    "require_fresh",
     "set_random_state",
 ]

@@ -21,6 +21,9 @@ from snapcore.errors import ProtocolError
 class SnapshotWriter:
     """Run jobs one after the other in a daemon thread, until closed or until the interpreter exits.
 
+    Arguments:
+        at_end: called in the same thread after the last job, such as what frees a lock that the jobs rely on.
+
     Example:
         >>> done = []
         >>> with SnapshotWriter() as writer:
@@ -31,7 +34,8 @@ class SnapshotWriter:
         [1]
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, at_end: Callable[[], None] | None = None) -> None:
+        self._at_end = at_end
         self._changed = threading.Condition()
         self._waiting: Callable[[], None] | None = None
         self._busy = False
@@ -40,7 +44,9 @@ class SnapshotWriter:
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._work, name="snapcore-writer", daemon=True)
         self._thread.start()
-        atexit.register(self.close)  # a daemon thread dies with the interpreter, and its jobs with it
+        # A thread that is no daemon would keep a crashed program alive; a daemon dies with the interpreter, and its
+        # jobs with it. So it is one, and is waited for at exit.
+        atexit.register(self.close)
 
     def reserve(self) -> None:
         """Wait until a job may be submitted, so that its copy is made only when there is room.
@@ -129,6 +135,8 @@ class SnapshotWriter:
     def _work(self) -> None:
         while self._do_next():
             pass
+        if self._at_end is not None:
+            self._attempt(self._at_end)
 
     def _do_next(self) -> bool:
         """Do one job, once there is one; False when there will be none. Nothing of it is kept here."""
@@ -139,20 +147,20 @@ class SnapshotWriter:
             self._changed.notify_all()
         if job is None:
             return False
-        try:
-            job()
-        except BaseException as error:  # noqa: BLE001  whatever it is, it is raised in the loop's thread
-            self._keep(error)
+        self._attempt(job)
         del job  # before anyone hears that it is done: it holds a copy of the weights
         with self._changed:
             self._busy = False
             self._changed.notify_all()
         return True
 
-    def _keep(self, error: BaseException) -> None:
-        with self._changed:
-            if self._error is None:
-                self._error = error
-            else:
-                # As text: an exception holds its frames, and they the weights; one such copy is enough.
-                self._error.add_note(f"a later job failed too: {error!r}")
+    def _attempt(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as error:  # noqa: BLE001  whatever it is, it is raised in the loop's thread
+            with self._changed:
+                if self._error is None:
+                    self._error = error
+                else:
+                    # As text: an exception holds its frames, and they the weights; one such copy is enough.
+                    self._error.add_note(f"a later job failed too: {error!r}")

@@ -1,101 +1,111 @@
-"""When to look at an optimizer's own count: only where something may be due, so that no update waits for it.
+"""A run whose updates are counted by the optimizer, on its device, and not by Python one by one.
 
-And at the end, whether anything is due there or not.
+Reading such a count waits for the update that is being done. So a loop's calls are counted instead, for nothing, and
+the optimizer's own count is read where the calls since can have led to something that is due: the end of a cycle, a
+resume point, or the end of the run.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Generic, TypeVar
 
-from snapcore.protocol import Cursor
+from snapcore.errors import ProtocolError
+from snapcore.protocol import Event
 from snapcore.run.recorder import Recorder
 
-
-class Calls:
-    """Count a loop's calls, each of which follows some updates, and tell when the updates themselves must be counted.
-
-    Reading an optimizer's count waits for the update that is being done. As long as the calls cannot have led to the
-    next boundary, there is nothing to read it for. A call that turns out to have done more than was known is
-    remembered.
-
-    Arguments:
-        cursor: where the run is.
-        every: lengths at whose multiples something else is due, such as resume points; None for none.
-        per_call: updates in a call, at most, as far as is known.
-
-    Example:
-        >>> from snapcore import CosineCycles, Cursor
-        >>> calls = Calls(Cursor(CosineCycles(lr=0.1, steps=60, cycles=3)))
-        >>> calls.next_may_be_due()     # the first call: nothing is known of it
-        True
-        >>> calls.add()
-        >>> calls.settle(1)
-        >>> calls.next_may_be_due()
-        False
-    """
-
-    def __init__(self, cursor: Cursor, every: tuple[int | None, ...] = (), per_call: int = 1) -> None:
-        self._cursor = cursor
-        self._lengths = [length for length in every if length]
-        self._per_call = per_call
-        self._reach = 0
-        self.waiting = 0
-        """Calls since the cursor was moved."""
-
-    def next_may_be_due(self) -> bool:
-        """Return whether the updates must be counted after one more call, since something may be due then."""
-        return (self.waiting + 1) * self._per_call >= self._reach
-
-    def add(self) -> None:
-        """Count a call."""
-        self.waiting += 1
-
-    @property
-    def most(self) -> int:
-        """How many updates the calls since have done, at most, as far as is known."""
-        return self.waiting * self._per_call
-
-    def settle(self, updates: int) -> None:
-        """Begin anew, the cursor having moved.
-
-        Arguments:
-            updates: what the calls since have done.
-        """
-        if self.waiting:
-            self._per_call = max(self._per_call, -(-updates // self.waiting))
-        self.waiting = 0
-        step = self._cursor.step
-        self._reach = min([self._cursor.until_next, *(length - step % length for length in self._lengths)])
+Batch = TypeVar("Batch")
 
 
-class Ending:
-    """End a run whose updates an optimizer counts: where the loop is by then, and once.
+class CountedRun:
+    """Follow an optimizer's own count: read it when something may be due, and at the end.
 
     Arguments:
         recorder: the run.
-        calls: those of its loop.
-        look: moves the run to where the optimizer's count is, and settles the calls.
+        read_count: the optimizer's count of its updates, or None if it keeps none and calls are updates. Reading it may
+            wait for the device.
+        per_call: at most so many micro-batches in a call; None if nothing is known, and then the first call is looked
+            at. A call that turns out to have done more is remembered.
+        accumulation: micro-batches in an update.
+        unfinished: how many micro-batches of the next update are done already.
+        hands_back: whether a restart gives the loop its values back when it calls, so that what is due at the end of an
+            epoch is left to the call.
+        check: called with the updates done and the calls that can account for them before they are recorded, to refuse
+            what cannot be right.
     """
 
-    def __init__(self, recorder: Recorder, calls: Calls, look: Callable[[], object]) -> None:
-        self._recorder, self._cursor, self._calls, self._look = recorder, recorder.cursor, calls, look
+    def __init__(
+        self,
+        recorder: Recorder,
+        read_count: Callable[[], int | None],
+        *,
+        per_call: int | None = None,
+        accumulation: int = 1,
+        unfinished: Callable[[], int] = lambda: 0,
+        hands_back: bool = False,
+        check: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.recorder, self.cursor = recorder, recorder.cursor
+        self._read_count, self._check = read_count, check
+        self._accumulation, self._unfinished, self._hands_back = accumulation, unfinished, hands_back
         self._closed = False
+        self.begun_at: int | None = None
+        """What the optimizer had counted when this run had done no update; None while it is not known."""
+        self.waiting = 0
+        """Calls since the cursor was moved."""
+        self._per_call, self._reach = per_call or 1, 0
+        if per_call is not None:
+            self._settle(0)
 
     @property
-    def reached(self) -> bool:
+    def ended(self) -> bool:
         """Whether the program has stopped or the run is closed: an update after that is none of its own."""
-        return self._closed or self._cursor.finished
+        return self._closed or self.cursor.finished
+
+    @property
+    def updates(self) -> int:
+        """Updates done; until the run has ended this waits for the last one."""
+        return self.cursor.step if self.ended else self.cursor.step + self._new()
+
+    def may_be_due(self) -> bool:
+        """Return whether something may be due after one more call."""
+        return (self.waiting + 1) * self._per_call >= self._reach
+
+    def call(self) -> bool:
+        """Count a call; return whether `look` must follow, since something may be due or a SIGTERM has come."""
+        due = self.may_be_due() or self.recorder.asked_to_stop
+        self.waiting += 1
+        return due
+
+    def look(self, *, unseen: int = 0) -> tuple[Event, ...]:
+        """Read the count, move the run there, and return what was due.
+
+        Arguments:
+            unseen: updates that may have been done without a call after them.
+
+        Raises:
+            ProtocolError: the optimizer counts fewer updates than before; or `check` refuses.
+        """
+        new = self._new()
+        if self._check is not None:
+            self._check(new, self.waiting + unseen)
+        events = self.recorder.record(new, late="take")
+        self._settle(new)
+        return events
+
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the loader's batches until the program stops; the run is brought up to date after every epoch."""
+        return self.recorder.batches(_UpToDate(loader, self._catch_up))
 
     def finish(self, reason: str) -> None:
         """End early, with an unfinished member if an update was done since the last one."""
-        self._settle()
-        self._recorder.finish(reason)
-        self._calls.settle(0)  # nothing is left to reach: the next call is looked at, and an update refused
+        self._catch_up_at_end()
+        self.recorder.finish(reason)
+        self._settle(0)  # nothing is left to reach: the next call is looked at, and an update refused
 
     def close(self, *, exact: bool) -> None:
         """Close the run; closing twice is closing once.
 
         Arguments:
-            exact: whether what is trained is as the last update left it, so that the run may go on from here.
+            exact: whether what is trained is as the last update left it, so that the run may resume from here.
 
         Raises:
             StoreError, DivergedError: a member or the resume point could not be written or was refused.
@@ -105,37 +115,62 @@ class Ending:
             return
         settled = False
         try:
-            if exact and not self._recorder.failed:  # else its error is all that is left to tell
-                self._settle()
+            if exact and not self.recorder.failed:  # else its error is all that is left to raise
+                self._catch_up_at_end()
                 settled = True
-            elif not self._cursor.finished:  # for the message alone: nothing is written any more
-                self._cursor.advance(min(self._calls.most, self._cursor.until_next - 1))
+            elif not self.cursor.finished:  # for the message alone: nothing is written any more
+                self.cursor.advance(min(self.waiting * self._per_call, self.cursor.until_next - 1))
         finally:
             self._closed = True
-            self._recorder.close(exact=settled)
+            self.recorder.close(exact=settled)
 
-    def _settle(self) -> None:
-        if self.reached:
+    def _new(self) -> int:
+        """Return how many updates were done since the cursor was moved."""
+        if self.begun_at is None:
+            return self.waiting
+        count, before = self._read_count(), self.begun_at + self.cursor.step
+        if count is None or count < before:
+            raise ProtocolError(
+                f"the optimizer counts {count} updates, and had counted {before} before: when its state is made anew, "
+                "keep the counts in it"
+            )
+        return count - before
+
+    def _settle(self, updates: int) -> None:
+        """Begin to count calls anew, the cursor having moved by so many updates."""
+        if self.waiting:
+            self._per_call = max(self._per_call, -(-updates // self.waiting))
+        self.waiting = 0
+        step = self.cursor.step
+        due = min([self.cursor.until_next, *(length - step % length for length in self.recorder.intervals)])
+        self._reach = due * self._accumulation - self._unfinished()
+
+    def _catch_up(self) -> None:
+        """Bring the run up to date after an epoch."""
+        if not self.waiting or self.cursor.finished:
             return
-        before, most, place = self._cursor.step, self._calls.most, self._recorder.epochs.state_dict()
-        self._look()
-        if self._cursor.step - before <= most:  # each update has had its call: a batch taken since is given again
-            self._recorder.epochs.load_state_dict(place)
+        if not self._hands_back:
+            self.look(unseen=1)  # an epoch's last update may have no call after it
+        elif (new := self._new()) < self.cursor.until_next:
+            self.recorder.record(new)
+            self._settle(new)
+
+    def _catch_up_at_end(self) -> None:
+        if self.ended:
+            return
+        before, most, position = self.cursor.step, self.waiting * self._per_call, self.recorder.epochs.state_dict()
+        self.look(unseen=1)
+        if self.cursor.step - before <= most:  # each update has had its call: a batch taken since is given again
+            self.recorder.epochs.load_state_dict(position)
 
 
-class FollowedLoader:
-    """A loader that has the run brought up to date whenever it has been walked through.
+class _UpToDate(Generic[Batch]):
+    """A loader that has the run brought up to date whenever it has been walked through."""
 
-    Arguments:
-        loader: may be walked again every epoch.
-        catch_up: called at the end of every epoch.
-    """
-
-    def __init__(self, loader: Iterable[Any], catch_up: Callable[[], object]) -> None:
+    def __init__(self, loader: Iterable[Batch], catch_up: Callable[[], None]) -> None:
         self._loader, self._catch_up = loader, catch_up
-        self.sampler = getattr(loader, "sampler", None)
-        """The loader's own, whose `set_epoch` is called if it has one."""
+        self.sampler = getattr(loader, "sampler", None)  # its `set_epoch` is called if it has one
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         yield from self._loader
         self._catch_up()

@@ -1,17 +1,16 @@
 """The managed form of a run: a program, a backend that trains natively, and a recorder between them."""
 
-import functools
 import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from snapcore.backend import Backend, Data, Pending, Report, resolved
+from snapcore.backend import Backend, Data, Pending, Report
 from snapcore.errors import DivergedError
-from snapcore.protocol import Event, Program, Restart, Snapshot
+from snapcore.protocol import OptimizerState, Program, Snapshot
 from snapcore.run.group import Alone, Group
-from snapcore.run.recorder import Recorder, restart_weights
+from snapcore.run.recorder import Recorder
 from snapcore.store import Tensors
 
 State = TypeVar("State")
@@ -40,7 +39,7 @@ def execute(
     """Run a program to its end on a backend, keeping its members in `directory`.
 
     Training is the backend's native loop, which comes back about once a second. The same seed gives the same weights
-    and batches; a run that was killed and is executed again goes on from its resume point, and its members are those
+    and batches; a run that was killed and is executed again resumes from its resume point, and its members are those
     of a run that was never stopped.
 
     Arguments:
@@ -52,7 +51,7 @@ def execute(
         seed: of the weights; member k's fresh ones come from (seed, k).
         report: called as `report(step, loss)` for every update, in bulk now and then.
         metrics: called with each snapshot and the state it is of; what it returns is recorded with the member.
-        resume: go on with an unfinished run that is there; False moves any run aside.
+        resume: resume an unfinished run that is there; False moves any run aside.
         resume_every: updates between two resume points, beside those at every cycle's end.
         before_point: called before every resume point.
         group: the processes that train together.
@@ -79,25 +78,30 @@ def execute(
         group=group,
     ) as recorder:
         pace = _Pace(recorder, resume_every, group or Alone())
-        managed.state = managed.fresh(1)
-        managed.restart(recorder.start(), recorder)
+        managed.state = managed.make(1)
+        recorder.start()
         while not recorder.cursor.finished:
             start, stop = pace.next_slice()
             managed.state = backend.train(managed.state, start, stop, report=checked)
-            measure = None if metrics is None else functools.partial(_swapped, metrics, managed.state)
-            managed.restart(recorder.record(stop - start, metrics=measure), recorder)
+            recorder.record(stop - start, metrics=managed.measured_by(metrics))
     return managed.state
 
 
 class _Managed(Generic[State]):
-    """A backend and its state, as the recorder sees them."""
+    """A backend and its state: what is trained, as the recorder sees it."""
 
-    def __init__(self, backend: Backend[State], fresh: Callable[[int], State]) -> None:
-        self._backend, self.fresh = backend, fresh
+    def __init__(self, backend: Backend[State], make: Callable[[int], State]) -> None:
+        self._backend, self.make = backend, make
         self.state: State
+
+    def fresh(self, member: int) -> Pending | Tensors:
+        return self._backend.capture(self.make(member))
 
     def capture(self) -> Pending | Tensors:
         return self._backend.capture(self.state)
+
+    def restore(self, tensors: Tensors | None, *, optimizer: OptimizerState) -> None:
+        self.state = self._backend.restore(self.state, tensors, optimizer=optimizer)
 
     def dump(self) -> tuple[Pending | Tensors, dict[str, Any]]:
         return self._backend.dump(self.state)
@@ -111,14 +115,8 @@ class _Managed(Generic[State]):
     def set_random_state(self, state: Any) -> None:
         """Nothing to set."""
 
-    def restart(self, events: tuple[Event, ...], recorder: Recorder) -> None:
-        for event in events:
-            if isinstance(event, Restart):
-                tensors = restart_weights(event, recorder, self._fresh_weights)
-                self.state = self._backend.restore(self.state, tensors, optimizer=event.optimizer)
-
-    def _fresh_weights(self, member: int) -> Tensors:
-        return resolved(self._backend.capture(self.fresh(member)))
+    def measured_by(self, metrics: Measure[State] | None) -> Callable[[Snapshot], Mapping[str, float] | None] | None:
+        return None if metrics is None else lambda snapshot: metrics(snapshot, self.state)
 
 
 class _Pace:
@@ -142,10 +140,6 @@ class _Pace:
         start = self._cursor.step
         stop = start + min(self._updates, self._cursor.until_next)
         return start, stop if self._every is None else min(stop, (start // self._every + 1) * self._every)
-
-
-def _swapped(metrics: Measure[State], state: State, snapshot: Snapshot) -> Mapping[str, float] | None:
-    return metrics(snapshot, state)
 
 
 def _refuse_divergence(report: Report | None) -> Report:

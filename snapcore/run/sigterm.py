@@ -1,4 +1,4 @@
-"""SIGTERM, noted in the handler and acted upon at the next update."""
+"""SIGTERM, noted in the handler and answered at the next update."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ EXIT_CODE = 128 + signal.SIGTERM
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
-class Termination:
+class SigtermHandler:
     """Note a SIGTERM until it is asked for; the handler that was there before is kept and put back.
 
     Only Python's main thread can handle signals: in any other thread nothing is installed. A second SIGTERM goes to

@@ -1,7 +1,7 @@
 """A run inside somebody else's trainer, which owns the loop, its length and the checkpoints.
 
-The trainer's checkpoint holds the weights and a `Place`; the run directory holds the members. Whatever checkpoint the
-trainer goes on from, the place in it says which members belong to it.
+The trainer's checkpoint holds the weights and a `Position`; the run directory holds the members. Whatever checkpoint
+the trainer resumes from, the position in it says which members belong to it.
 """
 
 import warnings
@@ -14,28 +14,28 @@ from snapcore.protocol import Program
 
 
 @dataclass(frozen=True)
-class Place:
-    """A place in a run, to keep in a trainer's own checkpoint.
+class Position:
+    """A position in a run, to keep in a trainer's own checkpoint.
 
     Arguments:
         step: updates done.
         members: the SHA-256 of each member taken by then, in order.
 
     Example:
-        >>> Place.from_dict(Place(20, ("6a…",)).to_dict())
-        Place(step=20, members=('6a…',))
+        >>> Position.from_dict(Position(20, ("6a…",)).to_dict())
+        Position(step=20, members=('6a…',))
     """
 
     step: int = 0
     members: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the place as plain JSON."""
+        """Return the position as plain JSON."""
         return {"step": self.step, "members": list(self.members)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Place":
-        """Return the place that `to_dict` described.
+    def from_dict(cls, values: Mapping[str, Any]) -> "Position":
+        """Return the position that `to_dict` described.
 
         Raises:
             ProtocolError: it is none.
@@ -43,7 +43,7 @@ class Place:
         step, members = values.get("step"), values.get("members")
         plain = type(step) is int and isinstance(members, list | tuple) and all(type(each) is str for each in members)
         if values.keys() != {"step", "members"} or not plain:
-            raise ProtocolError(f"a place has a step and the digests of members, got {dict(values)!r}")
+            raise ProtocolError(f"a position has a step and the digests of members, got {dict(values)!r}")
         return cls(int(values["step"]), tuple(values["members"]))
 
 

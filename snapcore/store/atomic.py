@@ -1,8 +1,6 @@
-"""How a file reaches the disk: whole or not at all, and flushed.
+"""Write files whole or not at all.
 
-A file is written beside its final name, flushed to disk and renamed, so that a reader sees the old
-file or the new one and a killed writer leaves nothing but a temporary file, which the next writer
-sweeps away. Nothing here knows what a run is.
+A reader sees the old file or the new one, never half of one, whenever the writer is killed or the machine loses power.
 """
 
 import hashlib
@@ -14,43 +12,45 @@ from contextlib import contextmanager
 from pathlib import Path
 
 POSIX = os.name == "posix"
-_TEMPORARY = ".tmp"  # safetensors' own temporary files begin so too, and one sweep finds both
+_TEMPORARY = ".tmp"  # safetensors' own temporary files start with it too, so one sweep finds both
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """Give a temporary path to write; flush it and rename it to `target`, or leave no trace on an error.
+def atomic_write(target: Path) -> Iterator[Path]:
+    """Yield a temporary path to write; on success it is flushed and renamed to `target`, on an error it is deleted.
 
-    The file gets the mode that an ordinary `open` would give it, whatever the one who writes it sets.
+    The file gets the mode that `open` would have given it, whatever mode its writer sets.
 
     Raises:
-        OSError: the file could not be created, flushed or renamed; `target` is as it was.
+        OSError: the file cannot be created, flushed or renamed; `target` is unchanged.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     with atomic_write(Path(directory, "notes.txt")) as temporary:
+        ...         _ = temporary.write_text("whole")
+        ...     Path(directory, "notes.txt").read_text()
+        'whole'
     """
+    # In the same directory, since a rename is atomic only within one file system.
     temporary = target.with_name(f"{_TEMPORARY}-{target.name}-{secrets.token_hex(4)}")
     try:
-        mode = _create(temporary)
+        # The umask can only be read by setting it, for all threads. A file created here shows what it leaves.
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
         yield temporary
-        _flush(temporary, mode)
+        # Flushed before the rename: otherwise the name could reach the disk first, and after a power loss it would
+        # belong to a file without content.
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:  # only then: some network file systems refuse any chmod
+            temporary.chmod(mode)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+    # The rename is a change of the directory, and lost with it: whatever is written next must not reach the disk first.
     _flush_directory(target.parent)
-
-
-def _create(path: Path) -> int:
-    """Create an empty file and tell the mode that the umask leaves it (reading the umask means setting it)."""
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    try:
-        return stat.S_IMODE(os.fstat(descriptor).st_mode)
-    finally:
-        os.close(descriptor)
-
-
-def _flush(path: Path, mode: int) -> None:
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
-    if stat.S_IMODE(path.stat().st_mode) != mode:  # some network file systems refuse any chmod
-        path.chmod(mode)
 
 
 def _flush_directory(path: Path) -> None:
@@ -64,10 +64,10 @@ def _flush_directory(path: Path) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Delete the temporary files that killed writers left; only for who holds the directory's lock.
+    """Delete the temporary files of killed writers; only the holder of the directory's lock may call this.
 
     Raises:
-        OSError: one could not be deleted.
+        OSError: one cannot be deleted.
     """
     for path in directory.glob(f"{_TEMPORARY}*"):
         if path.is_symlink() or path.is_file():

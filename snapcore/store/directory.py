@@ -1,8 +1,8 @@
 """A run directory: one safetensors file per member and one manifest, `snapcore.json`.
 
-A member's file is in place before the manifest names it, so whoever reads the manifest finds whole
-files or an error naming the damaged one. One process writes, any number read, and nothing that the
-manifest names is ever overwritten.
+A member's file is complete on disk before the manifest names it. So a reader finds the members that the manifest names,
+each whole, or an error that names the damaged file. One process writes and any number read; nothing that the manifest
+names is overwritten.
 """
 
 import copy
@@ -27,6 +27,7 @@ from snapcore.store.manifest import (
     Member,
     describes,
     entry,
+    file_name,
     format_manifest,
     is_sealed,
     new_member,
@@ -44,13 +45,13 @@ class SnapshotStore:
 
     Arguments:
         path: the directory.
-        mode: `"r"` reads, creates nothing and needs no lock; `"w"` creates the directory or goes on
-            in it, and holds its lock until `close` (the system frees it if the process dies).
+        mode: `"r"` reads, creates nothing and takes no lock. `"w"` creates the directory or continues what is there,
+            and holds the directory's lock until `close`.
 
     Raises:
-        StoreError: `"r"` and there is no run; `"w"` and another writer holds the lock, or the
-            directory cannot be written; or another version of snapcore wrote it.
-        CorruptSnapshotError: the manifest is damaged, or missing where there are snapshots.
+        StoreError: mode `"r"` and there is no run; mode `"w"` and another writer holds the lock or the directory is not
+            writable; or another version of snapcore wrote it.
+        CorruptSnapshotError: the manifest is damaged, or missing although there are members' files.
 
     Example:
         >>> import tempfile, numpy
@@ -64,7 +65,8 @@ class SnapshotStore:
         if mode not in ("r", "w"):
             raise StoreError(f"mode must be 'r' or 'w', got {mode!r}")
         self._path = Path(path).absolute()
-        self._turn = threading.Lock()  # a writer thread saves while the loop describes
+        # One process writes, but two of its threads do: the writer's adds members while the loop's describes the run.
+        self._turn = threading.Lock()
         self._lock: BaseFileLock | None = None
         with ExitStack() as on_failure:
             if mode == "w":
@@ -76,42 +78,41 @@ class SnapshotStore:
 
     @property
     def path(self) -> Path:
-        """Return the run's directory, absolute."""
+        """The run directory's absolute path."""
         return self._path
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """Return the members by index, as the manifest had them when opened, and those saved since."""
+        """The members by index: those in the manifest when it was opened, and those added since."""
         return self._manifest.members
 
     @property
     def program(self) -> dict[str, Any] | None:
-        """Return a copy of the described program, or None."""
+        """A copy of the program that `describe` recorded, or None."""
         return copy.deepcopy(self._manifest.program)
 
     @property
     def stopped(self) -> str | None:
-        """Return why the run stopped, or None while it has not."""
+        """Why the run stopped, or None while it has not."""
         return self._manifest.stopped
 
     def describe(self, *, program: dict[str, Any] | None = None, stopped: str | None = None) -> None:
-        """Write the program or the reason to stop into the manifest; what is None stays as it was.
+        """Record the program, or why the run stopped; what is None stays as it is.
 
         Arguments:
             program: plain JSON, such as a program's `to_dict()`.
-            stopped: why the run ended.
+            stopped: why the run stopped.
 
         Raises:
-            StoreError: the store is closed or only reads, `program` is not plain JSON, or the
-                manifest cannot be written (it is then as it was).
+            StoreError: the store is closed or only reads, `program` is not plain JSON, or the manifest cannot be
+                written; it is then unchanged.
         """
         changes: dict[str, Any] = {}
         if program is not None:
             changes["program"] = plain(program)
         if stopped is not None:
             changes["stopped"] = stopped
-        with self._turn:
-            self._check_may_write()
+        with self._writing():
             self._write(msgspec.structs.replace(self._manifest, **changes))
 
     def save(
@@ -129,29 +130,16 @@ class SnapshotStore:
     ) -> Member:
         """Write a member: its file first, the manifest last, both flushed to disk.
 
-        The same as `put`, then `add`.
-
-        Arguments:
-            tensors: the weights by name; arrays of any shape and layout, of a type that safetensors
-                and NumPy both know (bfloat16 through `ml_dtypes`). They must not change meanwhile.
-            index: the member's number, from 1; one that is not there yet.
-            step: optimizer updates done.
-            cycle: the cycle it closes, from 0.
-            lr: the rate of the last update done.
-            framework: who writes, such as `torch`.
-            due: the step at which it was due; None means `step`.
-            unfinished: whether its cycle was cut short.
-            metrics: finite numbers to keep with it, by name.
+        The same as `add(put(tensors, new_member(index=index, …)))`, which say what each argument is.
 
         Returns:
-            The member as the manifest now has it.
+            The member as it is in the manifest.
 
         Raises:
-            StoreError: the store is closed or only reads, the index is taken, a value or a tensor
-                cannot be recorded, or the disk refuses; the members before are as they were.
+            StoreError: the store is closed or only reads, the index exists, a value or a tensor cannot be stored, or
+                the disk refuses; the members before are unchanged.
         """
-        member = self.put(
-            tensors,
+        member = new_member(
             index=index,
             step=step,
             cycle=cycle,
@@ -161,64 +149,66 @@ class SnapshotStore:
             unfinished=unfinished,
             metrics=metrics,
         )
-        self.add(member)
-        return member
+        written = self.put(tensors, member)
+        self.add(written)
+        return written
 
-    def put(
-        self,
-        tensors: Mapping[str, ArrayLike],
-        *,
-        index: int,
-        step: int,
-        cycle: int,
-        lr: float,
-        framework: str,
-        due: int | None = None,
-        unfinished: bool = False,
-        metrics: Mapping[str, float] | None = None,
-    ) -> Member:
-        """Write a member's file alone: no reader knows of it before `add`. Arguments and errors are those of `save`."""
+    def put(self, tensors: Mapping[str, ArrayLike], member: Member) -> Member:
+        """Write a member's file, which no reader sees before `add`.
+
+        Between the two a caller can write what must not be older than the manifest, such as a resume point.
+
+        Arguments:
+            tensors: the weights by name. Arrays of any shape and layout, of a type that safetensors and NumPy both
+                have (bfloat16 is `ml_dtypes.bfloat16`). They must not change meanwhile.
+            member: from `new_member`.
+
+        Returns:
+            The member with its file's SHA-256.
+
+        Raises:
+            StoreError: the store is closed or only reads, the index exists, a tensor cannot be stored, or the disk
+                refuses; the members before are unchanged.
+        """
+        if member.file != file_name(member.index):
+            raise StoreError(f"a new member's file is {file_name(member.index)}, got {member.file!r}; use new_member")
         arrays = row_major(tensors)
-        member = new_member(
-            index=index,
-            step=step,
-            due=step if due is None else due,
-            cycle=cycle,
-            lr=lr,
-            framework=framework,
-            unfinished=unfinished,
-            metrics=metrics,
-        )
-        with self._turn:
-            self._check_may_write()
+        path = self._path / member.file
+        with self._writing():
             self._check_is_new(member)
-            return self._write_member(arrays, member)
+            try:
+                with atomic.atomic_write(path) as temporary:
+                    save_file(arrays, temporary, metadata={_KEY: entry(member)})
+                    # Taken before the rename, of what this process has written: whatever alters the file later differs.
+                    sha256 = atomic.digest(temporary)
+            except (OSError, SafetensorError) as error:
+                raise _refused(path, sum(array.nbytes for array in arrays.values()), error) from error
+        return msgspec.structs.replace(member, sha256=sha256)
 
     def add(self, member: Member, *, stopped: str | None = None) -> None:
-        """Name in the manifest a member whose file `put` has written.
+        """Add a member to the manifest, once `put` has written its file.
 
         Arguments:
             member: what `put` returned.
-            stopped: why the run ended, if this was its last.
+            stopped: why the run stopped, if this is its last member.
 
         Raises:
-            StoreError: the store is closed or only reads, the index is taken, or the manifest cannot be written.
+            StoreError: the store is closed or only reads, the index exists, or the manifest cannot be written.
         """
-        with self._turn:
-            self._check_may_write()
+        with self._writing():
             self._check_is_new(member)
             manifest = self._manifest.with_member(member)
             self._write(manifest if stopped is None else msgspec.structs.replace(manifest, stopped=stopped))
 
-    def keep(self, count: int) -> None:
-        """Forget the members after the first `count`, and why the run ended; then delete their atomic.
+    def truncate(self, count: int) -> None:
+        """Keep the first `count` members and delete the others; the run counts as unfinished again.
 
         Raises:
             StoreError: the store is closed or only reads, or the disk refuses.
         """
-        with self._turn:
-            self._check_may_write()
+        with self._writing():
             kept, forgotten = self.members[:count], self.members[count:]
+            # The manifest first: killed in between, files that nothing names are left, not names without files.
             self._write(msgspec.structs.replace(self._manifest, members=kept, stopped=None))
             try:
                 for member in forgotten:
@@ -227,21 +217,32 @@ class SnapshotStore:
                 raise StoreError(f"{self._path}: a forgotten member cannot be deleted: {error}") from error
 
     def file(self, index: int, *, verify: bool = True) -> Path:
-        """Return the path of a member's file, once checked.
+        """Return the path of a member's file after checking it.
 
         Arguments:
             index: the member's number.
-            verify: whether to compare the SHA-256 too, which reads the whole file.
+            verify: whether to compare its SHA-256, which reads the whole file.
 
         Raises:
             StoreError: there is no such member, or its file cannot be read.
-            CorruptSnapshotError: the file is missing, a link out of the directory, not a whole
-                safetensors file, another member's, or (with `verify`) altered.
+            CorruptSnapshotError: the file is missing, a link out of the directory, not a whole safetensors file,
+                another member's, or (with `verify`) altered.
         """
-        member = self._find(index)
+        member = next((member for member in self.members if member.index == index), None)
+        if member is None:
+            indexes = [member.index for member in self.members]
+            raise StoreError(f"{self._path} has no member {index!r}; there are {indexes}")
         path = self._path / member.file
-        with _reading(path):
-            fault = self._fault(path, member, verify)
+        fault = ""
+        with _reading(path):  # the cheapest check first
+            if not path.is_file():
+                fault = "is missing"
+            elif path.resolve().parent != self._path.resolve():
+                fault = "is a link out of the run's directory"
+            elif not describes(read_metadata(path).get(_KEY, ""), member):
+                fault = "does not say of itself what the manifest says: one was altered, or files were swapped"
+            elif verify and atomic.digest(path) != member.sha256:
+                fault = "does not have the SHA-256 that was recorded"
         if fault:
             raise CorruptSnapshotError(f"{path} {fault}; restore the file, or leave member {index} out")
         self._check_manifest()
@@ -252,15 +253,14 @@ class SnapshotStore:
 
         Arguments:
             index: the member's number.
-            verify: True compares the SHA-256 and gives writable arrays in memory; False only maps
-                the file, read-only, and reads what is touched when it is touched.
+            verify: True compares the SHA-256 and returns writable arrays in memory. False maps the file read-only, so
+                that only what is used is read.
 
         Returns:
             Arrays by name, with the shapes and types that were saved; bfloat16 as `ml_dtypes.bfloat16`.
 
         Raises:
-            StoreError: there is no such member, or its file cannot be read.
-            CorruptSnapshotError: see `file`.
+            StoreError, CorruptSnapshotError: see `file`.
         """
         path = self.file(index, verify=verify)
         with _reading(path):
@@ -271,14 +271,14 @@ class SnapshotStore:
         """Check every member's file against the manifest.
 
         Raises:
-            CorruptSnapshotError: naming the first file that is not what was written.
+            CorruptSnapshotError: naming the first file that is damaged.
         """
         for member in self.members:
             self.file(member.index)
         self._check_manifest()
 
     def close(self) -> None:
-        """Free the lock; reading goes on, writing does not. Closing twice is closing once."""
+        """Free the lock. Members can still be read, but nothing can be written; closing twice is allowed."""
         with self._turn:
             if self._lock is not None:
                 self._lock.release()
@@ -292,17 +292,25 @@ class SnapshotStore:
     ) -> None:
         self.close()
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Let one thread write, if the lock is held."""
+        with self._turn:
+            if self._lock is None:
+                raise StoreError(f"{self._path} is closed or open to read; open it with mode='w' to write")
+            yield
+
     def _prepare(self) -> None:
-        """Sweep up after killed writers, and begin the manifest where there is none."""
+        """Delete what killed writers left, and start the manifest if there is none."""
         try:
             atomic.sweep(self._path)
-            begun = (self._path / MANIFEST).exists()
+            started = (self._path / MANIFEST).exists()
             orphans = [path.name for path in self._path.glob("snapshot-*.safetensors")]
         except OSError as error:
             raise StoreError(f"{self._path} cannot be written: {error}") from error
-        if begun:
+        if started:
             return
-        if orphans:  # a new manifest would have their indexes taken again, and them overwritten
+        if orphans:  # a new manifest would number its members from 1, and overwrite these
             raise CorruptSnapshotError(f"{self._path / MANIFEST} is missing beside {min(orphans)}; restore it")
         self._write(Manifest())
 
@@ -310,21 +318,11 @@ class SnapshotStore:
         path = self._path / MANIFEST
         data = format_manifest(manifest)
         try:
-            with atomic.replacing(path) as temporary:
+            with atomic.atomic_write(path) as temporary:
                 temporary.write_bytes(data)
         except OSError as error:
             raise _refused(path, len(data), error) from error
         self._manifest = sealed(manifest)
-
-    def _write_member(self, arrays: dict[str, Array], member: Member) -> Member:
-        path = self._path / member.file
-        try:
-            with atomic.replacing(path) as temporary:
-                save_file(arrays, temporary, metadata={_KEY: entry(member)})
-                sha256 = atomic.digest(temporary)
-        except (OSError, SafetensorError) as error:
-            raise _refused(path, sum(array.nbytes for array in arrays.values()), error) from error
-        return msgspec.structs.replace(member, sha256=sha256)
 
     def _check_manifest(self) -> None:
         if not is_sealed(self._manifest):
@@ -332,38 +330,13 @@ class SnapshotStore:
                 f"{self._path / MANIFEST} does not have the SHA-256 that was recorded in it: it was altered; restore it"
             )
 
-    def _check_may_write(self) -> None:
-        if self._lock is None:
-            raise StoreError(f"{self._path} is closed or open to read; open it with mode='w' to write")
-
     def _check_is_new(self, member: Member) -> None:
-        if member.index in self._indexes():
+        if any(member.index == other.index for other in self.members):
             raise StoreError(f"{self._path} has member {member.index}; nothing is overwritten: use another index")
-
-    def _find(self, index: int) -> Member:
-        for member in self.members:
-            if member.index == index:
-                return member
-        raise StoreError(f"{self._path} has no member {index!r}; there are {self._indexes()}")
-
-    def _indexes(self) -> list[int]:
-        return [member.index for member in self.members]
-
-    def _fault(self, path: Path, member: Member, verify: bool) -> str:
-        """Tell what is wrong with a member's file, cheapest first; empty if nothing is."""
-        if not path.is_file():
-            return "is missing"
-        if path.resolve().parent != self._path.resolve():
-            return "is a link out of the run's directory"
-        if not describes(read_metadata(path).get(_KEY, ""), member):
-            return "does not say of itself what the manifest says: one was altered, or files were swapped"
-        if verify and atomic.digest(path) != member.sha256:
-            return "does not have the SHA-256 that was recorded"
-        return ""
 
 
 def move_aside(path: str | Path) -> Path:
-    """Rename a run's directory to the first free of `<name>.1`, `<name>.2`, … and return that.
+    """Rename a run directory to the first free of `<name>.1`, `<name>.2`, … and return the new path.
 
     Raises:
         StoreError: it holds no run, a writer holds its lock, or it cannot be renamed.
@@ -382,22 +355,19 @@ def move_aside(path: str | Path) -> Path:
     try:
         if not atomic.POSIX:  # Windows renames no directory in which a file is open
             lock.release()
-        return _rename(source)
+        number = 1
+        while (target := source.with_name(f"{source.name}.{number}")).exists():
+            number += 1
+        return source.rename(target)
+    except OSError as error:
+        raise StoreError(f"{source} cannot be renamed to {target.name}: {error}") from error
     finally:
         lock.release()
 
 
-def _rename(source: Path) -> Path:
-    number = 1
-    while (target := source.with_name(f"{source.name}.{number}")).exists():
-        number += 1
-    try:
-        return source.rename(target)
-    except OSError as error:
-        raise StoreError(f"{source} cannot be renamed to {target.name}: {error}") from error
-
-
 def _create_and_lock(directory: Path) -> BaseFileLock:
+    # The system's own lock, not the existence of a file: it is free as soon as its process is dead, however it died.
+    # Opened in one thread, it may be freed in another: the writer's thread outlives the loop.
     lock = FileLock(directory / ".lock", timeout=0, thread_local=False)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -423,5 +393,5 @@ def _reading(path: Path) -> Iterator[None]:
 def _refused(path: Path, size: int, error: Exception) -> StoreError:
     return StoreError(
         f"{path} could not be written, which needs {size} bytes: {error}; make room or choose another disk, "
-        "the members before are as they were"
+        "the members before are unchanged"
     )

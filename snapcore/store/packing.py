@@ -1,4 +1,4 @@
-"""Nested plain values as JSON beside named tensors: the state of optimizers, scalers and loaders without pickle."""
+"""Nested state as plain JSON and named tensors: optimizers, scalers and loaders are saved without pickle."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,18 +9,18 @@ _SCALARS = (str, bool, int, float, type(None))
 
 
 def pack(value: Any, name: str, is_tensor: Callable[[Any], bool]) -> tuple[Any, dict[str, Any]]:
-    """Return `value` as plain JSON, and the tensors found in it by name.
+    """Return `value` as plain JSON, and the tensors in it by name.
 
-    Dictionaries (with keys of text or integers), lists, tuples, bytes and scalars come back from `unpack` as what
-    they were. NaN and infinities survive.
+    Dictionaries (whose keys are text or integers), lists, tuples, bytes and scalars are restored by `unpack`, NaN and
+    infinities too.
 
     Arguments:
         value: such as an optimizer's `state_dict()`.
-        name: what the tensors' names begin with.
-        is_tensor: tells a tensor from a plain value.
+        name: the prefix of the tensors' names.
+        is_tensor: returns whether a value is a tensor.
 
     Raises:
-        DataError: something else is in it, named by its place.
+        DataError: it holds anything else; the message says where.
 
     Example:
         >>> pack({"a": (1, 2.5), 3: None}, "state", lambda value: False)
@@ -32,14 +32,14 @@ def pack(value: Any, name: str, is_tensor: Callable[[Any], bool]) -> tuple[Any, 
 
 def _pack(value: Any, name: str, is_tensor: Callable[[Any], bool], tensors: dict[str, Any]) -> Any:
     if is_tensor(value):
-        while name in tensors:  # {"a/b": …} and {"a": {"b": …}} come to the same
+        while name in tensors:  # {"a/b": …} and {"a": {"b": …}} give the same name
             name += "'"
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, Mapping) and all(type(key) in (str, int) for key in value):
         return {"dict": [[key, _pack(item, f"{name}/{key}", is_tensor, tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
-        items = [_pack(item, f"{name}/{place}", is_tensor, tensors) for place, item in enumerate(value)]
+        items = [_pack(item, f"{name}/{position}", is_tensor, tensors) for position, item in enumerate(value)]
         return {"tuple" if isinstance(value, tuple) else "list": items}
     if isinstance(value, bytes):
         return {"bytes": value.hex()}
@@ -48,13 +48,13 @@ def _pack(value: Any, name: str, is_tensor: Callable[[Any], bool], tensors: dict
     if type(value) in _SCALARS:
         return value
     raise DataError(
-        f"{name} is a {type(value).__name__}, which cannot be saved without pickle: keep numbers, text, bytes, lists, "
-        "tuples, dictionaries and tensors in it"
+        f"{name} is a {type(value).__name__}, which cannot be saved without pickle: use numbers, text, bytes, lists, "
+        "tuples, dictionaries or tensors"
     )
 
 
 def unpack(packed: Any, tensors: Mapping[str, Any]) -> Any:
-    """Return what `pack` was given, with the tensors of the same names."""
+    """Return what was given to `pack`, with `tensors` in place of those that had their names."""
     if not isinstance(packed, dict):
         return packed
     ((kind, content),) = packed.items()

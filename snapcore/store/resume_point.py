@@ -1,7 +1,7 @@
-"""The resume point: one file with all that a run needs to go on, replaced as a whole.
+"""The resume point: one file with all that a run needs to resume.
 
-At the end of a cycle the weights are those of the member just taken, and the point names it instead of repeating
-them. A point carries a digest of its own content; nothing in it is executable.
+At the end of a cycle the weights are those of the member just taken, so the point refers to the member instead of
+storing them again. A point contains a digest of its own content, and nothing in it is executable.
 """
 
 import hashlib
@@ -28,12 +28,12 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """All that a run needs to go on.
+    """All that a run needs to resume.
 
     Arguments:
-        tensors: named host arrays; at a cycle's end without the weights, which are `member`'s.
-        state: plain JSON: the cursor's place, the backend's own values, random states, the place in the data.
-        member: the member taken at this very step, or None in the middle of a cycle.
+        tensors: named host arrays; at a cycle's end without the weights, which are in `member`'s file.
+        state: plain JSON: the cursor's position, the backend's values, random states and the position in the data.
+        member: the member taken at this step, or None in the middle of a cycle.
     """
 
     tensors: Tensors
@@ -42,34 +42,40 @@ class ResumePoint:
 
 
 def write_point(run: Path, point: ResumePoint) -> None:
-    """Replace the resume point of a run directory; the one before stays until the new one is on disk.
+    """Replace the resume point of a run directory; the old one stays until the new one is on disk.
 
     Raises:
-        StoreError: it cannot be written, or its state is not plain JSON; the one before is as it was.
+        StoreError: it cannot be written, or its state is not plain JSON; the old one is unchanged.
     """
     path = run / FOLDER / FILE
     tensors = row_major(point.tensors) if point.tensors else {}
-    text = _text({"format": FORMAT, "state": point.state, "member": msgspec.to_builtins(point.member)})
+    content = {"format": FORMAT, "state": point.state, "member": msgspec.to_builtins(point.member)}
+    try:
+        text = json.dumps(content, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise StoreError(
+            f"a resume point's state must be plain JSON: {error}; return arrays among a dump's tensors, and no NaN"
+        ) from error
     metadata = {"snapcore": text, "sha256": _digest(text, tensors)}
     try:
         path.parent.mkdir(exist_ok=True)
         atomic.sweep(path.parent)
-        with atomic.replacing(path) as temporary:
+        with atomic.atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
         size = sum(array.nbytes for array in tensors.values())
         raise StoreError(
-            f"{path} could not be written, which needs {size} bytes: {error}; make room, then start again: the run "
-            "goes on from the point before"
+            f"{path} could not be written, which needs {size} bytes: {error}; make room, then start again to resume "
+            "from the point before"
         ) from error
 
 
 def read_point(run: Path) -> ResumePoint | None:
-    """Return the resume point of a run directory, checked, or None if there is none.
+    """Return the resume point of a run directory after checking it, or None if there is none.
 
     Raises:
         StoreError: it cannot be read, or another version of snapcore wrote it.
-        CorruptSnapshotError: it is not what was written.
+        CorruptSnapshotError: it is damaged.
     """
     path = run / FOLDER / FILE
     if not path.exists():
@@ -89,12 +95,12 @@ def read_point(run: Path) -> ResumePoint | None:
         raise error if isinstance(error, StoreError) else StoreError(f"{path} cannot be read: {error}") from error
     except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise CorruptSnapshotError(
-            f"{path} is not what was written: {error}; restore it, or delete it to begin anew in another directory"
+            f"{path} is not what was written: {error}; restore it, or start anew in another directory"
         ) from error
 
 
 def clear_point(run: Path) -> None:
-    """Delete the resume point: a finished run has no use for it.
+    """Delete the resume point, which a finished run no longer needs.
 
     Raises:
         StoreError: it cannot be deleted.
@@ -104,15 +110,6 @@ def clear_point(run: Path) -> None:
             shutil.rmtree(run / FOLDER)
     except OSError as error:
         raise StoreError(f"{run / FOLDER} cannot be deleted: {error}") from error
-
-
-def _text(content: dict[str, Any]) -> str:
-    try:
-        return json.dumps(content, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise StoreError(
-            f"a resume point's state must be plain JSON: {error}; return arrays among a dump's tensors, and no NaN"
-        ) from error
 
 
 def _digest(text: str, tensors: Tensors) -> str:

@@ -1,4 +1,4 @@
-"""Named host arrays as safetensors files, never through pickle: what may become a member, and what fits a model."""
+"""Named host arrays: which can be stored as safetensors, which are finite, and which fit a model."""
 
 import mmap
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from snapcore.errors import DataError, DivergedError, StoreError
 Array = NDArray[Any]
 Tensors = Mapping[str, Array]
 
-# What safetensors calls each type that NumPy can also read back (it writes more than it reads).
+# The types that both safetensors and NumPy have; safetensors can write more than NumPy can read back.
 _DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "I8": np.dtype("<i1"),
@@ -37,46 +37,39 @@ _READABLE = frozenset(dtype.name for dtype in _DTYPES.values())
 
 
 def row_major(tensors: Mapping[str, ArrayLike]) -> dict[str, Array]:
-    """Return the tensors as arrays that safetensors writes rightly, copying only those that need it.
+    """Return the tensors as arrays in C order, copying only those that are not.
 
     Raises:
-        StoreError: no tensors, a name that is not plain text, or a type that cannot be read back;
-            the message names the tensor.
+        StoreError: there are no tensors, a name is not text, or a type cannot be read back; the message names the
+            tensor.
     """
     if not tensors:
         raise StoreError("a snapshot needs at least one tensor, got none; pass the model's named arrays")
-    return {_checked_name(name): _row_major(name, value) for name, value in tensors.items()}
-
-
-def _checked_name(name: object) -> str:
-    if not isinstance(name, str) or name == "__metadata__" or not _is_unicode(name):
-        raise StoreError(f"a tensor's name must be text other than '__metadata__', got {name!r}; rename it")
-    return name
-
-
-def _is_unicode(name: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def _row_major(name: str, value: ArrayLike) -> Array:
-    try:
-        # safetensors writes any other order wrongly, in silence; ascontiguousarray makes 0-d arrays 1-d.
-        array = np.asarray(value, order="C")
-    except (TypeError, ValueError) as error:
-        raise StoreError(f"tensor {name!r} must be an array, got {type(value).__name__}: {error}") from error
-    if array.dtype.name not in _READABLE:
-        raise StoreError(
-            f"tensor {name!r} must be of a type that can be read back ({', '.join(sorted(_READABLE))}), "
-            f"got {array.dtype}; convert it"
-        )
-    return array
+    arrays = {}
+    for name, value in tensors.items():
+        # A surrogate is half of a character, which UTF-8 cannot encode.
+        if not isinstance(name, str) or name == "__metadata__" or any("\ud800" <= c <= "\udfff" for c in name):
+            raise StoreError(f"a tensor's name must be text other than '__metadata__', got {name!r}; rename it")
+        try:
+            # safetensors takes any other order for this one, and writes wrong values without an error. Not
+            # ascontiguousarray, which makes 0-d arrays 1-d.
+            array = np.asarray(value, order="C")
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"tensor {name!r} must be an array, got {type(value).__name__}: {error}") from error
+        if array.dtype.name not in _READABLE:
+            raise StoreError(
+                f"tensor {name!r} must be of a type that can be read back ({', '.join(sorted(_READABLE))}), "
+                f"got {array.dtype}; convert it"
+            )
+        arrays[name] = array
+    return arrays
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return a safetensors file's metadata, once its header has been checked against the file's size.
+    """Return a safetensors file's metadata; its header must describe a file of exactly this size.
 
     Raises:
-        SafetensorError: the header is malformed, or does not cover the file exactly.
+        SafetensorError: the header is malformed, or the file has another size.
         OSError: the file cannot be read.
     """
     with safe_open(path, framework="np") as file:
@@ -87,7 +80,7 @@ def map_tensors(path: Path) -> dict[str, Array]:
     """Map a safetensors file, whose header `read_metadata` has checked, as read-only arrays; nothing is copied.
 
     Raises:
-        SafetensorError: a tensor is of a type that NumPy does not know.
+        SafetensorError: a tensor is of a type that NumPy does not have.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
@@ -104,10 +97,10 @@ def map_tensors(path: Path) -> dict[str, Array]:
     }
 
 
-def check_finite(tensors: Mapping[str, NDArray[Any]], what: str) -> None:
-    """Raise `DivergedError` if a floating tensor holds NaN or +inf, naming it and `what` it was part of.
+def check_finite(tensors: Tensors, what: str) -> None:
+    """Raise `DivergedError` if a floating tensor has NaN or +inf, naming it and `what` it is part of.
 
-    -inf passes: causal masks are made of it, while weights that overflow bring NaN or +inf with them.
+    -inf is accepted: causal masks consist of it, and weights that overflow also have NaN or +inf.
     """
     for name, array in tensors.items():
         if not np.issubdtype(array.dtype, np.inexact) and array.dtype.name != "bfloat16":
@@ -116,18 +109,18 @@ def check_finite(tensors: Mapping[str, NDArray[Any]], what: str) -> None:
             bad = int(np.count_nonzero(np.isnan(array) | np.isposinf(np.real(array)) | np.isposinf(np.imag(array))))
             if bad:
                 raise DivergedError(
-                    f"{what} is refused: {bad} of {array.size} values of {name!r} are not finite; the members taken "
-                    "before are kept. Lower the learning rate, clip gradients, or train in a wider dtype"
+                    f"{what} is refused: {bad} of {array.size} values of {name!r} are not finite. Lower the learning "
+                    "rate, clip gradients, or use a wider dtype"
                 )
 
 
 def check_fit(given: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Raise `DataError` unless both have the same names and shapes, listing what differs.
+    """Raise `DataError` unless both have the same names and shapes; the message lists what differs.
 
     Arguments:
-        given: name -> shape of the tensors at hand.
-        wanted: name -> shape that the model has.
-        what: how to call the tensors in the message.
+        given: name -> shape of the tensors to load.
+        wanted: name -> shape in the model.
+        what: what the message calls the tensors.
     """
     missing = [f"{name!r} {wanted[name]} is missing" for name in wanted if name not in given]
     extra = [f"{name!r} {given[name]} is not in the model" for name in given if name not in wanted]

@@ -117,7 +117,7 @@ class _Snapshots(ExitStack):
 
     def idle(self) -> None:
         """Wait for the writer, and delete what it has written."""
-        self._run._recorder._writer.drain()
+        self._run._recorder._saving.drain()
         for file in self._directory.glob("snapshot-*"):
             file.unlink()
 

@@ -50,7 +50,7 @@ def test_loop_waits_for_a_resume_point_about_as_long_as_for_a_copy_of_model_and_
     with SnapshotRun(tmp_path, StepDecay(lr=0.1, steps=10**6), model, optimizer, resume_every=1) as run:
 
         def prepare() -> None:
-            run._recorder._writer.drain()
+            run._recorder._saving.drain()
             kept.clear()
 
         ours = Contender(lambda: run.step(updates=1), prepare)
@@ -69,7 +69,7 @@ def _snapshots(directory: Path, model: nn.Module) -> Iterator[tuple[Contender, C
     with SnapshotRun(directory, schedule, model, SGD(model.parameters(), lr=0.1)) as run:
 
         def prepare() -> None:
-            run._recorder._writer.drain()
+            run._recorder._saving.drain()
             kept.clear()
             for file in directory.glob("snapshot-*"):
                 file.unlink()

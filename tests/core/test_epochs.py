@@ -287,7 +287,7 @@ def test_nothing_is_passed_over_in_a_loader_that_knows_its_own_place(tmp_path):
     for until in (10, 14, 60):
         with Loop(tmp_path) as loop:
             loop.recorder.start()
-            for batch in loop.recorder.batches(loader, places_itself=True):
+            for batch in loop.recorder.batches(loader, stateful=True):
                 seen.append(batch)
                 loop.step()
                 if loop.updates == until:

@@ -61,7 +61,7 @@ def test_every_tensor_is_handed_over_itself_under_a_name_that_begins_as_asked(va
     assert {id(tensor) for tensor in tensors.values()} <= set(identities(value))
 
 
-def test_a_tensor_is_named_by_its_place():
+def test_a_tensor_is_named_by_its_path():
     value = {"state": {0: {"moment": np.ones(1)}}, "groups": [np.zeros(1)]}
     assert list(pack(value, "optimizer", is_tensor)[1]) == ["optimizer/state/0/moment", "optimizer/groups/0"]
 
@@ -76,7 +76,7 @@ class Mode(IntEnum):
 
 
 @pytest.mark.parametrize(
-    ("value", "place", "kind"),
+    ("value", "path", "kind"),
     [
         ({"a": [1, {2, 3}]}, "state/a/1", "set"),
         ({"a": {(1, 2): 3}}, "state/a", "dict"),
@@ -86,6 +86,6 @@ class Mode(IntEnum):
         ({"rate": np.float64(0.1)}, "state/rate", "float64"),
     ],
 )
-def test_what_only_pickle_could_save_is_refused_by_its_place(value, place, kind):
-    with pytest.raises(DataError, match=f"{place} is a {kind}, which cannot be saved without pickle"):
+def test_what_only_pickle_could_save_is_refused_by_its_path(value, path, kind):
+    with pytest.raises(DataError, match=f"{path} is a {kind}, which cannot be saved without pickle"):
         pack(value, "state", is_tensor)

@@ -143,7 +143,7 @@ def test_a_program_lists_its_instructions_and_knows_how_many(plan):
     expected = listed(plan)
     assert list(plan) == expected
     assert len(plan) == len(expected)
-    assert [plan[place] for place in range(-len(expected), len(expected))] == expected * 2
+    assert [plan[index] for index in range(-len(expected), len(expected))] == expected * 2
     assert list(plan[1:-1:2]) == expected[1:-1:2]
     assert list(reversed(plan)) == expected[::-1]
     with pytest.raises(IndexError):
@@ -215,10 +215,10 @@ GOOD = Program("mine", SIXTY, Restart("first", "reset")).to_dict()
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        ({}, ProtocolError, "a program has the names ['between', 'method', 'schedule']"),
-        ({**GOOD, "extra": 1}, ProtocolError, "a program has the names"),
-        ({**GOOD, "schedule": None}, ProtocolError, "the last two objects"),
-        ({**GOOD, "between": "keep"}, ProtocolError, "the last two objects"),
+        ({}, ProtocolError, "a program has a method and the objects schedule and between, got {}"),
+        ({**GOOD, "extra": 1}, ProtocolError, "'extra': 'int'"),
+        ({**GOOD, "schedule": None}, ProtocolError, "got {'method': 'str', 'schedule': 'NoneType', 'between': 'dict'}"),
+        ({**GOOD, "between": "keep"}, ProtocolError, "'between': 'str'"),
         ({**GOOD, "between": {"source": "first"}}, ProtocolError, "between has the names source and optimizer"),
         ({**GOOD, "between": {**GOOD["between"], "source": "x"}}, ProtocolError, "source must be one of"),
         ({**GOOD, "schedule": {}}, ScheduleError, "kind must be one of"),
@@ -308,6 +308,16 @@ def test_no_update_is_nothing_also_right_after_a_member_and_at_the_end():
         assert cursor.state_dict() == before
 
 
+@given(programs())
+def test_it_is_at_a_member_just_after_the_updates_that_end_a_cycle(plan):
+    cursor, at = Cursor(plan), []
+    for _ in range(plan.updates):
+        at += [cursor.step] if cursor.at_member else []
+        cursor.advance()
+    assert cursor.at_member
+    assert (*at, cursor.step) == plan.schedule.snapshot_steps
+
+
 def test_after_the_stop_an_update_is_refused():
     cursor = Cursor(SIXTY)
     walk(cursor, [])
@@ -366,18 +376,18 @@ def test_finishing_what_is_finished_changes_nothing():
 
 
 @given(programs(), st.data())
-def test_from_any_place_the_remaining_events_are_those_of_the_run_never_stopped(plan, data):
-    place = data.draw(st.integers(0, plan.updates))
+def test_from_any_position_the_remaining_events_are_those_of_the_run_never_stopped(plan, data):
+    done = data.draw(st.integers(0, plan.updates))
     cursor, found = Cursor(plan), []
-    for _ in range(place):
+    for _ in range(done):
         found += cursor.advance()
     resumed = Cursor(plan)
     resumed.load_state_dict(json.loads(json.dumps(cursor.state_dict())))
-    assert resumed.step == place
+    assert resumed.step == done
     assert found + walk(resumed, []) == events_of(plan)
 
 
-BAD_PLACES = {
+BAD_POSITIONS = {
     "empty": {},
     "no count": {"step": None},
     "a real number": {"step": 25.0},
@@ -391,28 +401,28 @@ BAD_PLACES = {
     "no member at the boundary passed": {"taken": 0, "last": 0},
     "a member missing": {"step": 45},
     "members but none taken": {"last": 0},
-    "past the end, going on": {"step": 60, "taken": 3, "last": 60},
+    "past the end, not stopped": {"step": 60, "taken": 3, "last": 60},
     "stopped, not on a member": {"stopped": "finished"},
     "no reason": {"stopped": 1},
 }
 
 
-@pytest.mark.parametrize("change", BAD_PLACES.values(), ids=BAD_PLACES)
-def test_a_state_that_is_no_place_in_the_program_is_refused_and_changes_nothing(change):
+@pytest.mark.parametrize("change", BAD_POSITIONS.values(), ids=BAD_POSITIONS)
+def test_a_state_that_is_no_position_in_the_program_is_refused_and_changes_nothing(change):
     cursor = Cursor(SIXTY)
     cursor.advance(5)
     before = cursor.state_dict()
     state = {"step": 25, "taken": 1, "last": 20, "stopped": None, **change} if change else {}
-    with pytest.raises(ProtocolError, match="no place in a program of 60 updates"):
+    with pytest.raises(ProtocolError, match=r"state must be a position in a program of 60 updates, got \{"):
         cursor.load_state_dict(state)
     assert cursor.state_dict() == before
     assert cursor.until_next == 15
 
 
-def test_the_place_of_a_longer_program_is_refused():
+def test_the_position_of_a_longer_program_is_refused():
     longer, cursor = Cursor(CosineCycles(0.2, 600, 3)), Cursor(SIXTY)
     longer.advance(30)
-    with pytest.raises(ProtocolError, match="no place"):
+    with pytest.raises(ProtocolError, match="must be a position"):
         cursor.load_state_dict(longer.state_dict())
 
 
@@ -481,7 +491,7 @@ class CursorWalk(RuleBasedStateMachine):
         assert self.cursor.finish("enough") == expected
 
     @invariant()
-    def the_place_is_the_shadow_s(self):
+    def the_position_is_the_shadow_s(self):
         if not hasattr(self, "cursor"):
             return
         nexts = [due for due in self.plan.schedule.snapshot_steps if due > self.step]

@@ -54,11 +54,12 @@ def test_weights_are_copied_only_when_a_snapshot_or_a_resume_point_is_due(tmp_pa
     assert copies == [sum(place <= step for place in due) for step in range(1, 41)]
 
 
-def test_a_restart_is_handed_back_to_the_loop(tmp_path):
+def test_a_restart_is_carried_out_in_the_loop_and_returned(tmp_path):
     with Loop(tmp_path, program("star", lr=0.2, steps=60, cycles=3)) as loop:
-        assert loop.step(20)[1:] == (Restart("first", "reset"),)
-        loop.step(20)
-        assert loop.recorder.first_member()["updates"] == 20
+        for _ in range(2):
+            assert loop.step(20)[1:] == (Restart("first", "reset"),)
+            tensors, optimizer = loop.restored
+            assert (int(tensors["updates"]), optimizer) == (20, "reset")
 
 
 def test_an_update_too_many_is_refused_and_nothing_is_taken(loop):
@@ -263,7 +264,7 @@ def test_after_a_write_that_failed_the_run_refuses_to_go_on_and_starting_again_g
     full_disk.step(20)
     step_until_it_is_raised(full_disk)
     for call in (full_disk.step, lambda: full_disk.recorder.finish("enough")):
-        with pytest.raises(ProtocolError, match="could not be written, and this run cannot go on without it: start"):
+        with pytest.raises(ProtocolError, match="could not be written, and this run cannot continue without it: start"):
             call()
     full_disk.recorder.close()
     monkeypatch.undo()
@@ -276,21 +277,21 @@ def test_after_a_write_that_failed_the_run_refuses_to_go_on_and_starting_again_g
 
 def test_the_error_itself_is_raised_even_where_the_failure_is_seen_first(loop, monkeypatch):
     loop.step(20)
-    loop.recorder.first_member()
+    loop.recorder.position()  # it is on disk
     seen = threading.Event()
 
     def fails_slowly():
-        loop.recorder._failed = True  # what the job does first, before the writer keeps its error
+        loop.recorder._saving.failed = True  # what the job does first, before the writer keeps its error
         seen.wait()
         no_space()
 
-    loop.recorder._writer.submit(fails_slowly)
-    while not loop.recorder._failed:
+    loop.recorder._saving._writer.submit(fails_slowly)
+    while not loop.recorder.failed:
         time.sleep(0.001)
     threading.Timer(0.01, seen.set).start()
     with pytest.raises(StoreError, match="no space left"):
         loop.step()
-    with pytest.raises(ProtocolError, match="cannot go on without it"):
+    with pytest.raises(ProtocolError, match="cannot continue without it"):
         loop.step()
 
 
@@ -320,16 +321,23 @@ def test_a_member_that_cannot_be_written_is_raised_at_close_which_frees_the_dire
     SnapshotStore(full_disk.recorder.directory, "w").close()
 
 
-def test_a_first_member_that_cannot_be_written_is_raised_to_who_wants_it(full_disk):
-    full_disk.step(20)
-    with pytest.raises(StoreError, match="no space left"):
-        full_disk.recorder.first_member()
+def test_a_first_member_that_cannot_be_written_is_raised_by_the_restart_that_needs_it(tmp_path, monkeypatch):
+    with Loop(tmp_path, program("star", lr=0.2, steps=60, cycles=3)) as loop:
+        monkeypatch.setattr(loop.recorder.store, "put", no_space)
+        with pytest.raises(StoreError, match="no space left"):
+            loop.step(20)
+
+
+def test_a_program_of_fresh_weights_is_refused_where_nothing_gives_them_and_leaves_no_directory(tmp_path):
+    with pytest.raises(ProtocolError, match="singlecycle starts members from fresh weights: pass init="):
+        Loop(tmp_path / "run", program("singlecycle", lr=0.2, steps=60, cycles=3))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_whose_last_member_could_not_be_written_is_not_called_finished(loop, monkeypatch):
     loop.step(20)
     loop.step(20)
-    loop.recorder.first_member()  # both are on disk
+    loop.recorder.position()  # both are on disk
     monkeypatch.setattr(loop.recorder.store, "put", no_space)
     loop.step(20)
     with pytest.raises(StoreError, match="no space left"):

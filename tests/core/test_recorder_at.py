@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapcore import CosineCycles, CycleWarning, DivergedError, Program, ProtocolError, Restart, StoreError
-from snapcore.run import Place, check_length
+from snapcore.run import Position, check_length
 from snapcore.store import SnapshotStore
 
 from .training import SIXTY, Loop, counts, members_of
@@ -28,18 +28,18 @@ class Trainer:
     def train(self, until=60, *, killed=False, **options):
         """Go on from the last checkpoint; a kill leaves the run open, as if the process were gone."""
         weights, place = copy.deepcopy(self.saved) if self.saved else (None, {"step": 0, "members": []})
-        loop = Loop(self.directory, self.plan, resumable=False, at=Place.from_dict(place), **options)
+        loop = Loop(self.directory, self.plan, resumable=False, at=Position.from_dict(place), **options)
         if weights is not None:
             loop.weights = weights
         loop.events = list(loop.recorder.start())
         while loop.updates < until:
             loop.events += loop.step()
             if loop.updates % self.every == 0:
-                place = json.loads(json.dumps(loop.recorder.place().to_dict()))
+                place = json.loads(json.dumps(loop.recorder.position().to_dict()))
                 self.saved = copy.deepcopy(loop.weights), place
         if killed:
-            loop.recorder._writer.drain()
-            loop.recorder._store.close()
+            loop.recorder._saving.drain()
+            loop.recorder.store.close()
         else:
             loop.recorder.close()
         return loop
@@ -85,7 +85,7 @@ def test_a_checkpoint_never_counts_a_member_that_is_not_on_disk(trainer):
 
 
 def test_a_member_due_at_the_checkpoint_itself_but_not_taken_before_it_is_taken_from_its_weights(tmp_path):
-    with Loop(tmp_path, at=Place(20)) as loop:
+    with Loop(tmp_path, at=Position(20)) as loop:
         loop.weights["updates"] += 20
         (snapshot,) = loop.recorder.start()
         assert (snapshot.step, snapshot.due) == (20, 20)
@@ -93,7 +93,7 @@ def test_a_member_due_at_the_checkpoint_itself_but_not_taken_before_it_is_taken_
 
 
 def test_a_member_missed_before_the_checkpoint_is_taken_late_with_the_true_step(tmp_path):
-    with Loop(tmp_path, at=Place(23)) as loop:
+    with Loop(tmp_path, at=Position(23)) as loop:
         loop.weights["updates"] += 23
         with pytest.warns(CycleWarning, match=r"due after update 20 .* 3 updates late"):
             loop.recorder.start()
@@ -105,7 +105,7 @@ def test_a_restart_is_asked_for_only_if_it_was_not_done_before_the_checkpoint(tm
     trainer = Trainer(tmp_path / "run", plan, every=20)
     trainer.train(20, killed=True)
     assert trainer.train(30, killed=True).events == []
-    with Loop(tmp_path / "other", plan, at=Place(20)) as loop:
+    with Loop(tmp_path / "other", plan, at=Position(20)) as loop:
         assert loop.recorder.start()[1:] == (Restart("first", "reset"),)
 
 
@@ -119,7 +119,7 @@ def test_neither_resume_points_nor_signals_are_touched(trainer):
 
 def test_a_run_left_early_says_who_knows_where_it_goes_on(trainer, caplog):
     trainer.train(30)
-    assert "left after 30 of 60 updates; it goes on where the trainer's checkpoint does" in caplog.text
+    assert "left after 30 of 60 updates; it resumes where the trainer's checkpoint does" in caplog.text
 
 
 def test_a_finished_run_goes_on_from_a_checkpoint_before_its_end(trainer):
@@ -160,7 +160,7 @@ def test_a_checkpoint_at_the_end_that_missed_the_last_member_has_it_taken_again(
 def test_beginning_anew_on_members_is_refused_and_resume_false_moves_them_aside(trainer):
     trainer.every = 99
     trainer.train(30, killed=True)
-    with pytest.raises(StoreError, match=r"1 members.*begins at update 0: have it go on from its checkpoint.*resume"):
+    with pytest.raises(StoreError, match=r"1 members.*starts at update 0: have it resume from its checkpoint.*resume"):
         trainer.train()
     assert len(members_of(trainer.directory)) == 1
     assert counts(trainer.train(resume=False)) == [(20, 20), (40, 40), (60, 60)]
@@ -193,19 +193,19 @@ def test_a_run_with_resume_points_of_its_own_is_not_taken_over(trainer):
     with Loop(trainer.directory, resume_every=5) as loop:
         for _ in range(7):
             loop.step()
-    with pytest.raises(StoreError, match="keeps resume points of its own"):
+    with pytest.raises(StoreError, match="with resume points of its own"):
         trainer.train()
 
 
 def test_a_member_that_was_refused_stops_the_checkpoint(tmp_path):
-    loop = Loop(tmp_path, resumable=False, at=Place())
+    loop = Loop(tmp_path, resumable=False, at=Position())
     loop.recorder.start()
     loop.weights["updates"] = np.array(np.nan)
     loop.step(20)
     with pytest.raises(DivergedError, match="member 1"):
-        loop.recorder.place()
+        loop.recorder.position()
     with pytest.raises(ProtocolError, match="could not be written"):
-        loop.recorder.place()
+        loop.recorder.position()
     loop.recorder.close()
 
 
@@ -222,7 +222,7 @@ def test_a_forgotten_member_whose_file_cannot_be_deleted_is_an_error(trainer):
 def test_a_reader_of_the_store_forgets_nothing(trainer):
     trainer.train()
     with pytest.raises(StoreError, match="mode='w'"):
-        SnapshotStore(trainer.directory).keep(1)
+        SnapshotStore(trainer.directory).truncate(1)
 
 
 @pytest.mark.parametrize(
@@ -230,8 +230,8 @@ def test_a_reader_of_the_store_forgets_nothing(trainer):
     [{}, {"step": 3}, {"step": "3", "members": []}, {"step": 3, "members": [4]}, {"step": 3, "members": [], "more": 1}],
 )
 def test_what_is_no_place_is_refused(values):
-    with pytest.raises(ProtocolError, match="a place has a step and the digests of members"):
-        Place.from_dict(values)
+    with pytest.raises(ProtocolError, match="a position has a step and the digests of members"):
+        Position.from_dict(values)
 
 
 class Together:
@@ -256,11 +256,13 @@ def test_every_process_of_a_group_goes_on_at_the_same_place(tmp_path):
     events, places = [None, None], [None, None]
 
     def process(rank):
-        loop = Loop(trainer.directory, trainer.plan, at=Place.from_dict(trainer.saved[1]), group=Together(rank, shared))
+        loop = Loop(
+            trainer.directory, trainer.plan, at=Position.from_dict(trainer.saved[1]), group=Together(rank, shared)
+        )
         with loop:
             loop.recorder.start()
             events[rank] = [event for _ in range(30) for event in loop.step()]
-            places[rank] = loop.recorder.place()
+            places[rank] = loop.recorder.position()
 
     threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
     for thread in threads:

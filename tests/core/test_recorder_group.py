@@ -179,13 +179,13 @@ def test_one_that_fails_alone_does_not_write_a_place_that_the_other_has_not(tmp_
     SnapshotStore(tmp_path, "w").close()
 
 
-def test_the_first_member_is_read_once_it_is_on_disk(tmp_path):
+def test_every_process_restarts_from_the_first_member_once_it_is_on_disk(tmp_path):
     plan = Program("star", LONG, Restart("first", "reset"))
 
     def train(group):
         with Loop(tmp_path, plan, group=group) as loop:
             loop.step(100)
-            return int(loop.recorder.first_member()["updates"])
+            return int(loop.restored[0]["updates"])
 
     assert both(train) == [100, 100]
 

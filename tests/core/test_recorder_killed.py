@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import snapcore.run.recorder
+import snapcore.run.saving
 import snapcore.store.directory
 import snapcore.store.resume_point
 from snapcore import CosineCycles, Program, Restart, StepDecay, StoreError, program
@@ -27,8 +27,8 @@ TOUCHES = [
     (SnapshotStore, "put"),
     (SnapshotStore, "add"),
     (SnapshotStore, "describe"),
-    (snapcore.run.recorder, "write_point"),
-    (snapcore.run.recorder, "clear_point"),
+    (snapcore.run.saving, "write_point"),
+    (snapcore.run.saving, "clear_point"),
     (snapcore.store.directory, "save_file"),
     (snapcore.store.resume_point, "save_file"),
     (Path, "write_bytes"),

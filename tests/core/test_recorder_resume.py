@@ -133,7 +133,7 @@ def test_where_nothing_happens_between_members_nothing_is_handed_back(tmp_path):
 def test_a_point_at_a_member_refers_to_its_file_and_another_holds_the_weights(tmp_path):
     with Loop(tmp_path) as loop:
         loop.step(20)
-        loop.recorder.first_member()
+        loop.recorder.position()
         point = read_point(tmp_path)
         assert (sorted(point.tensors), point.member) == ([], SnapshotStore(tmp_path).members[0])
         loop.step(5)
@@ -186,7 +186,7 @@ def test_a_state_that_cannot_be_loaded_leaves_the_point_as_it_was(tmp_path, monk
         loop.recorder.start()
     loop.recorder.close()
     assert (tmp_path / "resume" / "point.safetensors").read_bytes() == before
-    assert caplog.messages[-1].endswith("it goes on after update 5")
+    assert caplog.messages[-1].endswith("it resumes after update 5")
 
 
 # ------------------------------------------------------------------------------------------------ what it says
@@ -195,8 +195,8 @@ def test_a_state_that_cannot_be_loaded_leaves_the_point_as_it_was(tmp_path, monk
 @pytest.mark.parametrize(
     ("resumable", "updates", "crash", "expected"),
     [
-        (True, 10, False, "left after 10 of 60 updates; it goes on after update 10"),
-        (True, 25, True, "left after 25 of 60 updates; it goes on after update 20"),
+        (True, 10, False, "left after 10 of 60 updates; it resumes after update 10"),
+        (True, 25, True, "left after 25 of 60 updates; it resumes after update 20"),
         (True, 10, True, "left after 10 of 60 updates; there is no resume point"),
         (False, 25, False, "left after 25 of 60 updates; there is no resume point"),
     ],
@@ -227,7 +227,7 @@ def test_a_run_that_goes_on_says_so_and_one_that_is_finished_says_nothing(tmp_pa
         loop.recorder.start()
         for n in (15, 20, 20):
             loop.step(n)
-    assert caplog.messages == [f"{tmp_path} goes on after update 5 of 60"]
+    assert caplog.messages == [f"{tmp_path}: resumed after update 5 of 60"]
 
 
 # ------------------------------------------------------------------------------------------------ what it refuses
@@ -253,7 +253,7 @@ def test_another_program_is_refused(left, plan):
 
 
 def test_another_framework_is_refused(left):
-    with pytest.raises(StoreError, match="holds a run of numpy: go on with that"):
+    with pytest.raises(StoreError, match="holds a run of numpy: resume it with that"):
         Loop(left, framework="jax")
 
 

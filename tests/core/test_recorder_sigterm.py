@@ -79,15 +79,15 @@ def test_the_signal_is_answered_after_the_update_that_follows_it(tmp_path, caplo
         terminate()
         assert loop.step(0) == ()  # micro-batches between two updates
         terminated(loop.step)
-    assert caplog.messages == [f"{tmp_path}: left after 10 of 60 updates; it goes on after update 10"]
+    assert caplog.messages == [f"{tmp_path}: left after 10 of 60 updates; it resumes after update 10"]
     SnapshotStore(tmp_path, "w").close()
 
 
 def test_a_loop_may_ask_whether_the_next_update_is_its_last(tmp_path):
     with Loop(tmp_path) as loop:
-        assert not loop.recorder.told_to_end
+        assert not loop.recorder.asked_to_stop
         terminate()
-        assert loop.recorder.told_to_end
+        assert loop.recorder.asked_to_stop
         terminated(loop.step)
 
 

@@ -12,9 +12,9 @@ def test_a_sigterm_can_be_asked_for_before_an_update_is_recorded(tmp_path):
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     loop = Loop(tmp_path / "run")
     try:
-        assert not loop.recorder.told_to_end
+        assert not loop.recorder.asked_to_stop
         os.kill(os.getpid(), signal.SIGTERM)
-        assert loop.recorder.told_to_end
+        assert loop.recorder.asked_to_stop
         loop.recorder.record(0)  # no update, no answer
         with pytest.raises(SystemExit):
             loop.step()

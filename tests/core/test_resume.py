@@ -154,9 +154,9 @@ def test_a_point_that_cannot_be_deleted_is_reported(tmp_path, monkeypatch):
 
 def damaged(content):
     """Files that differ in any one byte, end early, or have something behind them."""
-    for place, byte in enumerate(content):
-        mask = (0x01, 0x20, 0x80, 0xFF)[place % 4]
-        yield content[:place] + bytes([byte ^ mask]) + content[place + 1 :]
+    for position, byte in enumerate(content):
+        mask = (0x01, 0x20, 0x80, 0xFF)[position % 4]
+        yield content[:position] + bytes([byte ^ mask]) + content[position + 1 :]
     yield from (content[:length] for length in range(0, len(content), 5))
     yield content + b"\0"
 

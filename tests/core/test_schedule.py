@@ -257,7 +257,7 @@ def test_ten_updates_in_four_cycles_give_four_members():
 
 
 def test_twenty_five_updates_in_ten_cycles_are_nine_and_the_warning_says_so():
-    with pytest.warns(CycleWarning, match="only 9 of the 10 cycles take place") as caught:
+    with pytest.warns(CycleWarning, match="does not fit 10 cycles: only 9 run, and the last, 1 of 3 updates") as caught:
         schedule = CosineCycles(0.2, 25, 10)
     assert schedule.cycle_lengths == (3,) * 8 + (1,)
     assert "remainder" not in str(caught[0].message)  # so few updates anneal under neither rule
@@ -266,7 +266,7 @@ def test_twenty_five_updates_in_ten_cycles_are_nine_and_the_warning_says_so():
 
 def test_a_warm_up_does_not_shift_the_troughs():
     """One project saved at 37 % of the peak because warm-up was not counted."""
-    with pytest.warns(CycleWarning, match="ends 2% above"):
+    with pytest.warns(CycleWarning, match="cycles of length 10, which end 2.4% above"):
         schedule = CosineCycles(0.3, 60, 5, warmup_steps=10)
     assert schedule.snapshot_steps == (20, 30, 40, 50, 60)
     assert schedule.cycle_starts == (10, 20, 30, 40, 50)
@@ -300,9 +300,34 @@ def test_the_steps_it_names_fit_and_are_the_nearest(warmup):
     fits = {m: [t for t in range(warmup + m, 500) if not needs_a_warning(t, m, warmup=warmup)] for m in range(1, 16)}
     for cycles, steps in itertools.product(range(1, 16), range(warmup + 15, 260, 3)):
         for message in warnings_of(lambda: CosineCycles(0.1, steps, cycles, warmup_steps=warmup)):  # noqa: B023
-            named = int(re.search(r"nearest steps that fit are (\d+)", message)[1])
+            named = int(re.search(r"the nearest steps (?:that fit )?are (\d+)", message)[1])
             assert warnings_of(lambda: CosineCycles(0.1, named, cycles, warmup_steps=warmup)) == []  # noqa: B023
             assert abs(named - steps) == min(abs(t - steps) for t in fits[cycles]), (steps, cycles)
+
+
+@given(st.integers(1, 15), st.integers(1, 12), st.integers(0, 9))
+def test_whole_cycles_that_are_too_short_are_called_short_and_not_unfit(length, cycles, warmup):
+    (message,) = warnings_of(lambda: CosineCycles(1.0, warmup + length * cycles, cycles, warmup_steps=warmup))
+    left = 50 * (1 + math.cos(math.pi * (length - 1) / length))
+    assert message == (
+        f"steps={warmup + length * cycles} makes cycles of length {length}, which end {left:.1f}% above lr_min; "
+        f"16 updates or more end within 1%: the nearest steps are {warmup + 16 * cycles}"
+    )
+
+
+@given(cosines())
+def test_a_schedule_is_called_unfit_just_when_its_last_cycle_is_cut_short_or_one_is_missing(schedule):
+    lengths = lengths_in_words(schedule.steps, schedule.cycles, schedule.warmup_steps, "paper")
+    for message in warnings_of(lambda: replace(schedule, remainder="paper")):
+        assert ("does not fit" in message) == (len(set(lengths)) > 1 or len(lengths) < schedule.cycles)
+        assert ("cycles of length" in message) == ("does not fit" not in message)
+
+
+@given(cosines())
+def test_a_warning_is_one_line_of_at_most_thirty_words(schedule):
+    for message in warnings_of(lambda: replace(schedule, remainder="paper")):
+        assert "\n" not in message
+        assert len(message.split()) <= 30
 
 
 def test_it_advises_even_cycles_only_where_these_anneal():
@@ -318,7 +343,8 @@ def test_even_cycles_never_warn(schedule):
 
 def test_a_constant_rate_warns_only_of_missing_cycles():
     assert warnings_of(lambda: CosineCycles(0.1, 10, 4, lr_min=0.1)) == []
-    assert len(warnings_of(lambda: CosineCycles(0.1, 25, 10, lr_min=0.1))) == 1
+    (message,) = warnings_of(lambda: CosineCycles(0.1, 25, 10, lr_min=0.1))
+    assert "only 9 run, and the last, 1 of 3 updates, ends 0% above lr_min" in message
 
 
 def test_the_warning_points_at_the_line_that_made_the_schedule():
@@ -417,7 +443,7 @@ def test_numpy_s_numbers_become_python_s():
 
 def test_a_base_schedule_leaves_its_formula_to_a_subclass():
     bare = Schedule()
-    for ask in (lambda: bare._formula(NUMPY), lambda: bare.cycle_at(0), lambda: bare.cycle_starts, bare._check):
+    for ask in (lambda: bare._formula(NUMPY), lambda: bare.cycle_at(0), lambda: bare.cycle_starts):
         with pytest.raises(NotImplementedError):
             ask()
 

@@ -6,6 +6,7 @@ import os
 import stat
 
 import ml_dtypes
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from snapcore.errors import CorruptSnapshotError, StoreError
-from snapcore.store import Member, SnapshotStore, move_aside
+from snapcore.store import Member, SnapshotStore, move_aside, new_member
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 TYPES = [BF16, *map(np.dtype, ["?", "c8", ">f4", ">i2", ">u8", *np.typecodes["AllInteger"], "f2", "f4", "f8"])]
@@ -315,7 +316,7 @@ def test_parents_are_created_and_an_empty_run_can_be_read(tmp_path):
     assert store.path == tmp_path / "a" / "b" / "run"
 
 
-def test_a_relative_path_stays_the_same_place_when_the_process_moves(run, monkeypatch):
+def test_a_relative_path_means_the_same_directory_after_a_chdir(run, monkeypatch):
     monkeypatch.chdir(run.parent)
     store = SnapshotStore("run")
     monkeypatch.chdir("/")
@@ -365,3 +366,11 @@ def test_what_is_no_run_is_not_moved(tmp_path):
     with pytest.raises(StoreError, match="holds no run"):
         move_aside(tmp_path)
     assert tmp_path.exists()
+
+
+@pytest.mark.parametrize("file", ["snapshot-002.safetensors", ".lock", "weights.safetensors"])
+def test_a_new_member_is_written_under_its_own_name_and_no_other(tmp_path, file):
+    member = new_member(index=1, step=1, cycle=0, lr=0.1, framework="numpy")
+    with SnapshotStore(tmp_path, "w") as store, pytest.raises(StoreError, match="a new member's file is snapshot-001"):
+        store.put({"w": np.ones(2)}, msgspec.structs.replace(member, file=file))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "snapcore.json"]

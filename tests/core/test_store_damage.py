@@ -79,7 +79,7 @@ def test_a_renamed_file_is_noticed_by_whoever_follows_the_name(run):
         SnapshotStore(run).verify()
 
 
-def test_one_members_file_in_anothers_place_too_is_noticed(run):
+def test_a_copy_of_one_members_file_under_anothers_name_is_noticed(run):
     (run / "snapshot-002.safetensors").write_bytes((run / "snapshot-001.safetensors").read_bytes())
     for verify in (True, False):
         with pytest.raises(CorruptSnapshotError, match=r"snapshot-002\.safetensors does not say of itself"):

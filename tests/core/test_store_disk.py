@@ -126,7 +126,7 @@ def test_a_file_that_the_system_refuses_to_grow_is_reported_and_the_run_goes_on(
     SnapshotStore(run).verify()
 
 
-def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+def test_a_path_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(StoreError, match="cannot be written"):
@@ -159,14 +159,13 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(run, monkeypatch):
 KILLED = """
 import os, signal, sys
 import numpy as np
-import snapcore.store.atomic
 from snapcore.store import SnapshotStore
 store = SnapshotStore(sys.argv[1], "w")
 print("ready", flush=True)
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "flush":
-    snapcore.store.atomic._flush = die
+    os.fsync = die
 else:
     store._write = die
 store.save({"w": np.zeros(10)}, index=2, step=20, cycle=1, lr=0.1, framework="numpy")

@@ -1,4 +1,4 @@
-"""What may become a member and what fits a model, told by name."""
+"""What may become a member and what fits a model, by name."""
 
 import math
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from snapcore import CosineCycles, Restart, program
 from snapcore.data import TrainingData
-from snapcore.run import Recorder, execute, restart_weights
+from snapcore.run import Recorder, execute
 from snapcore.store import SnapshotStore
 
 SIXTY = CosineCycles(0.2, 60, 3)  # members after 20, 40 and 60 updates
@@ -155,14 +155,14 @@ class Training:
         batch = batch + 0.01 * random.random() + 0.01 * np.random.normal()
         update(self.weights, self.moment, rate, batch, self.noise)
 
-    def restart(self, events, recorder):
-        for event in events:
-            if isinstance(event, Restart):
-                tensors = restart_weights(event, recorder, lambda member: weights_of(self.seed, member))
-                if tensors is not None:
-                    self.weights = {name: np.array(array) for name, array in tensors.items()}
-                if event.optimizer == "reset":
-                    self.moment = np.zeros(3)
+    def fresh(self, member):
+        return weights_of(self.seed, member)
+
+    def restore(self, tensors, *, optimizer):
+        if tensors is not None:
+            self.weights = {name: np.array(array) for name, array in tensors.items()}
+        if optimizer == "reset":
+            self.moment = np.zeros(3)
 
     def capture(self):
         return Copied(self.weights)
@@ -190,12 +190,12 @@ def pushed(directory, plan, *, before=never, after=never, **options):
     np.random.seed(1)
     training = Training()
     with Recorder(directory, plan, training, framework="numpy", **options) as recorder:
-        training.restart(recorder.start(), recorder)
+        recorder.start()
         for batch in recorder.batches(Shuffled()):
             if before(recorder.cursor.step):
                 break
             training.update(recorder.cursor.lr, batch)
-            training.restart(recorder.record(1), recorder)
+            recorder.record(1)
             if after(recorder.cursor.step):
                 break
 
@@ -220,6 +220,8 @@ def undisturbed(plan):
 class Loop:
     """A user's loop: one weight that counts the updates, so that a member tells when it was copied."""
 
+    fresh = None
+
     def __init__(self, directory, plan=SIXTY, *, resumable=True, framework="numpy", **options):
         self.weights, self.copies, self.resumable = {"updates": np.zeros((), np.int64)}, 0, resumable
         self.recorder = Recorder(directory, plan, self, framework=framework, **options)
@@ -241,6 +243,9 @@ class Loop:
             return None
         self.copies += 1
         return Copied({"weights/updates": self.weights["updates"]}), {"said": "by the loop"}
+
+    def restore(self, tensors, *, optimizer):
+        self.restored = tensors, optimizer
 
     def load(self, tensors, values):
         assert values == {"said": "by the loop"}

@@ -21,7 +21,7 @@ from .harness import MANIFEST, POINT, Fault, assert_same, finished
 DAMAGE = int(os.environ.get("SNAPCORE_DAMAGE", "1000"))
 MEMBER = "snapshot-001.safetensors"
 FILES = {MANIFEST: "manifest", MEMBER: "member", str(POINT): "resume point"}
-IN_CYCLE_2 = Fault("snapcore.run.recorder:write_point", count=6)
+IN_CYCLE_2 = Fault("snapcore.run.saving:write_point", count=6)
 
 
 @pytest.fixture

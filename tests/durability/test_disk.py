@@ -10,7 +10,7 @@ from .conftest import REFUSED
 from .harness import Fault, arguments, assert_same, finished
 from .sabotage import ROOM
 
-WRITE, SAVE_HISTORY = "snapcore.store.directory:SnapshotStore._write_member", "snapcore.lab.history:History.write"
+WRITE, SAVE_HISTORY = "snapcore.store.directory:SnapshotStore.put", "snapcore.lab.history:History.write"
 MEMBER_3 = r"snapshot-003\.safetensors could not be written, which needs \d+ bytes"
 POINT = r"point\.safetensors could not be written, which needs \d+ bytes"
 MANIFEST = r"snapcore\.json could not be written, which needs \d+ bytes"
@@ -20,7 +20,7 @@ FAILED = "Input/output error"
 FAULTS = {
     "full in the middle of member 3": (Fault(WRITE, "FULL", count=3), f"{MEMBER_3}: .*{FULL}"),
     "full in the middle of a resume point": (
-        Fault("snapcore.run.recorder:write_point", "FULL", count=10),
+        Fault("snapcore.run.saving:write_point", "FULL", count=10),
         f"{POINT}: .*{FULL}",
     ),
     "failing as member 3 is flushed": (Fault("os:fsync", "EIO", match="snapshot-003"), f"{MEMBER_3}: .*{FAILED}"),

@@ -16,7 +16,7 @@ PUT, ADD, RENAME = (
     "snapcore.store.directory:SnapshotStore.add",
     "os:replace",
 )
-SAVE_HISTORY, CLEAR = "snapcore.lab.history:History.write", "snapcore.run.recorder:clear_point"
+SAVE_HISTORY, CLEAR = "snapcore.lab.history:History.write", "snapcore.run.saving:clear_point"
 MID_CYCLE, CYCLE_END = 30 // EVERY, 40 // EVERY  # which resume point
 
 POINTS = {

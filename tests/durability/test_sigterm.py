@@ -21,7 +21,7 @@ def told(count):
     ("updates", "method"),
     [(EVERY, "star"), *((CYCLE, method) for method in METHODS), (30, "snapshot"), (UPDATES - EVERY, "singlecycle")],
 )
-def test_a_run_told_to_end_writes_a_resume_point_and_no_member_and_goes_on_exactly(
+def test_a_run_asked_to_stop_writes_a_resume_point_and_no_member_and_goes_on_exactly(
     zygote, reference, tmp_path, method, updates
 ):
     directory = tmp_path / "run"
@@ -33,7 +33,7 @@ def test_a_run_told_to_end_writes_a_resume_point_and_no_member_and_goes_on_exact
     assert_same(directory, reference(method).directory)
 
 
-def test_a_run_told_to_end_with_its_last_update_is_only_scored_when_started_again(zygote, reference, tmp_path):
+def test_a_run_asked_to_stop_with_its_last_update_is_only_scored_when_started_again(zygote, reference, tmp_path):
     directory = tmp_path / "run"
     assert zygote.start(directory, fault=told(UPDATES // EVERY)).wait() == TOLD_TO_END
     assert SnapshotStore(directory).stopped == "finished"
@@ -42,7 +42,7 @@ def test_a_run_told_to_end_with_its_last_update_is_only_scored_when_started_agai
     assert_same(directory, reference().directory)
 
 
-def test_a_run_told_to_end_again_and_again_ends_as_the_undisturbed_one(zygote, reference, tmp_path):
+def test_a_run_asked_to_stop_again_and_again_ends_as_the_undisturbed_one(zygote, reference, tmp_path):
     directory, codes = tmp_path / "run", []
     while not codes or codes[-1] == TOLD_TO_END:
         codes.append(zygote.start(directory, fault=told(3)).wait())
@@ -50,7 +50,7 @@ def test_a_run_told_to_end_again_and_again_ends_as_the_undisturbed_one(zygote, r
     assert_same(directory, reference().directory)
 
 
-def test_the_command_line_told_to_end_from_outside_goes_on_exactly(reference, tmp_path):
+def test_the_command_line_asked_to_stop_from_outside_goes_on_exactly(reference, tmp_path):
     directory = tmp_path / "run"
     (tmp_path / HOLD).touch()
     process = Spawned(directory)
@@ -67,7 +67,7 @@ def test_the_command_line_told_to_end_from_outside_goes_on_exactly(reference, tm
 def test_a_second_sigterm_ends_a_run_that_does_not_come_back(zygote, reference, tmp_path):
     directory = tmp_path / "run"
     (tmp_path / HOLD).touch()
-    second = Fault("snapcore.run.sigterm:Termination._note", "SIGTERM", after=True)
+    second = Fault("snapcore.run.sigterm:SigtermHandler._note", "SIGTERM", after=True)
     child = zygote.start(directory, fault=second)
     wait_for(directory / POINT)
     child.send(signal.SIGTERM)

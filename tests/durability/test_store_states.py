@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from snapcore.errors import StoreError
-from snapcore.store import SnapshotStore, move_aside
+from snapcore.store import SnapshotStore, move_aside, new_member
 
 INDEXES, SEEDS = st.integers(1, 5), st.integers(0, 2**32 - 1)
 CALLS = ("os.open", "os.fsync", "os.replace", "snapcore.store.atomic.digest", "snapcore.store.directory.save_file")
@@ -64,7 +64,7 @@ class RunDirectory(RuleBasedStateMachine):
     @rule(index=INDEXES, seed=SEEDS)
     def put(self, index, seed):
         write = lambda: self.store.put(  # noqa: E731
-            weights(seed), index=index, step=10 * index, cycle=index - 1, lr=0.1, framework="numpy"
+            weights(seed), new_member(index=index, step=10 * index, cycle=index - 1, lr=0.1, framework="numpy")
         )
         if index in self.held:
             with pytest.raises(StoreError, match="nothing is overwritten"):

@@ -121,7 +121,7 @@ def test_a_program_with_a_reset_needs_the_state_it_is_to_reset(tmp_path):
 
 def test_fresh_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     what = program("singlecycle", lr=0.1, steps=12, cycles=3)
-    with pytest.raises(DataError, match=r"the fresh member does not fit the model .*'w' \(3, 2\) is missing"):
+    with pytest.raises(DataError, match=r"a restart.s member does not fit the model .*'w' \(3, 2\) is missing"):
         starts(tmp_path / "run", what, optimizer=TX, init=lambda _: {"b": jnp.ones(2)})
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from snapcore import CosineCycles, CycleWarning, ProtocolError, StoreError
 from snapcore.store import SnapshotStore
-from snapcore_jax import snapshots
+from snapcore_jax import run as run_module
 from snapcore_jax.counting import read_count
 from snapcore_jax.run import SnapshotRun
 from snapcore_jax.schedule import snapshot_schedule
@@ -112,7 +112,7 @@ def test_an_update_that_the_loop_itself_left_out_does_not_count(tmp_path):
 def test_the_count_is_read_only_when_the_end_of_a_cycle_may_be_reached(tmp_path, monkeypatch):
     """Reading waits for the update; a loop that reads at every one runs at the speed of the host."""
     reads = []
-    monkeypatch.setattr(snapshots, "read_count", lambda rest: reads.append(1) or read_count(rest))
+    monkeypatch.setattr(run_module, "read_count", lambda rest: reads.append(1) or read_count(rest))
     cycles = CosineCycles(lr=0.1, steps=300, cycles=3)
     tx = optax.sgd(snapshot_schedule(cycles))
     params, state = PARAMS, tx.init(PARAMS)
@@ -162,7 +162,7 @@ def test_a_count_that_went_back_is_refused(tmp_path):
             for call in range(12):
                 params, state = run.step(*update(tx, params, tx.init(PARAMS) if call == 6 else state, gradients()))
 
-    with pytest.raises(ProtocolError, match=r"counts 2 updates, but had done 4 before: .*counts must be kept"):
+    with pytest.raises(ProtocolError, match=r"counts 2 updates, and had counted 4 before: .*keep the counts"):
         loop()
     assert steps(tmp_path / "run") == [4]
 
@@ -291,7 +291,7 @@ def test_a_finished_run_is_not_opened_again_unless_it_is_moved_aside(tmp_path):
 def test_leaving_early_says_how_far_it_came_and_keeps_a_resume_point(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "snapcore"):
         walk(tmp_path / "run", COUNTING["sgd"], 7)
-    assert "left after 7 of 12 updates; it goes on after update 7" in caplog.text
+    assert "left after 7 of 12 updates; it resumes after update 7" in caplog.text
 
 
 def test_leaving_between_an_update_and_its_step_goes_on_after_the_member_before(tmp_path, caplog):
@@ -302,7 +302,7 @@ def test_leaving_between_an_update_and_its_step_goes_on_after_the_member_before(
         for _ in range(6):
             params, state = run.step(*donating(params, state))
         donating(params, state)
-    assert "left after 6 of 12 updates; it goes on after update 4" in caplog.text
+    assert "left after 6 of 12 updates; it resumes after update 4" in caplog.text
     assert run.updates == 6
     run.close()
 
@@ -318,7 +318,7 @@ def test_an_exception_in_the_loop_keeps_the_members_frees_the_directory_and_says
 
     with caplog.at_level(logging.WARNING, "snapcore"), pytest.raises(KeyboardInterrupt):
         interrupted_loop()
-    assert "left after 6 of 12 updates; it goes on after update 4" in caplog.text
+    assert "left after 6 of 12 updates; it resumes after update 4" in caplog.text
     with SnapshotStore(tmp_path / "run", "w") as store:
         assert ([member.step for member in store.members], store.stopped) == ([4], None)
 

@@ -44,7 +44,7 @@ class Outcome:
     err: str
 
     @property
-    def told(self):
+    def refusal(self):
         """The one plain line of an error."""
         assert "Traceback" not in self.err
         assert self.err.count("\n") == 1, self.err

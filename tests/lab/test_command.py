@@ -111,17 +111,17 @@ def test_an_error_is_one_plain_line_and_leaves_nothing_behind(words, fragments, 
     assert done.code == code
     assert done.out == ""
     for fragment in fragments:
-        assert fragment in done.told
+        assert fragment in done.refusal
     assert list(here.iterdir()) == []
 
 
 def test_an_error_longer_than_a_terminal_is_not_wrapped(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    assert len(cli("train", "--data", "x", "--data-dir", ".").told) > 400
+    assert len(cli("train", "--data", "x", "--data-dir", ".").refusal) > 400
 
 
 def test_debug_shows_the_traceback_before_the_line(cli):
-    plain = cli("train", "--lr", "nan").told
+    plain = cli("train", "--lr", "nan").refusal
     for words in (["--debug", "train", "--lr", "nan"], ["train", "--lr", "nan", "--debug"]):
         done = cli(*words)
         assert done.code == 1
@@ -132,11 +132,11 @@ def test_debug_shows_the_traceback_before_the_line(cli):
 
 def test_a_folder_without_data_lists_every_file_that_was_looked_for(cli, here):
     (here / "empty").mkdir()
-    told = cli("train", "--data", "mine", "--data-dir", "empty").told
+    refusal = cli("train", "--data", "mine", "--data-dir", "empty").refusal
     for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
-        assert f"{part}-ubyte" in told
-        assert f"{part}-ubyte.gz" in told
-    assert ".npz" in told
+        assert f"{part}-ubyte" in refusal
+        assert f"{part}-ubyte.gz" in refusal
+    assert ".npz" in refusal
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_what_cannot_be_written_is_said_with_its_path(words, cli, here):
     (here / "file").write_text("in the way")
     done = cli(*words)
     assert done.code == 1
-    assert f"{words[-1]} cannot be written: " in done.told
-    assert "choose another" in done.told
+    assert f"{words[-1]} cannot be written: " in done.refusal
+    assert "choose another" in done.refusal
     assert (here / "file").read_text() == "in the way"
 
 
@@ -161,7 +161,7 @@ def test_results_that_cannot_be_written_are_said_with_their_path(cli, here, fini
     (here / "file").write_text("in the way")
     done = cli("evaluate", finished, "--output", "file/scores")
     assert done.code == 1
-    assert "file/scores/results.json cannot be written" in done.told
+    assert "file/scores/results.json cannot be written" in done.refusal
 
 
 # schedule
@@ -203,14 +203,14 @@ def test_schedule_draws_to_the_very_file_that_is_named(name, magic, cli, here):
 def test_a_picture_of_an_unknown_kind_is_refused(cli, here):
     done = cli("schedule", "--plot", "a.bogus")
     assert done.code == 1
-    assert "a.bogus cannot be written: Format 'bogus' is not supported" in done.told
+    assert "a.bogus cannot be written: Format 'bogus' is not supported" in done.refusal
     assert list(here.iterdir()) == []
 
 
 # inspect and verify
 
 
-def test_inspect_tells_the_program_and_every_member(cli, finished):
+def test_inspect_lists_the_program_and_every_member(cli, finished):
     lines = cli("inspect", finished).out.splitlines()
     assert lines[0] == f"{finished}: snapshot, 63 updates, finished"
     assert lines[1] == f"schedule: {CosineCycles(0.1, 63, 3)}"
@@ -236,7 +236,7 @@ def test_inspect_marks_members_that_are_unfinished_late_or_missing(cli, here):
     assert "due" not in first + third
 
 
-def test_inspect_tells_of_a_run_that_is_not_finished_and_of_several(cli, stopping, finished):
+def test_inspect_marks_a_run_that_is_not_finished_and_lists_several(cli, stopping, finished):
     stopping(30)
     assert cli("train", *SHORT, "--model", "stopping:Net", "--output", "run").code == 130
     done = cli("inspect", "run", finished)
@@ -251,18 +251,18 @@ def test_verify_counts_the_members_that_are_as_they_were_written(cli, finished):
     assert (done.code, done.out) == (0, f"{finished}: 3 members, each as it was written\n")
 
 
-@pytest.mark.parametrize("place", [0, 10, 0.5, -1])
-def test_verify_detects_one_altered_byte_and_names_the_file(place, cli, here):
+@pytest.mark.parametrize("at", [0, 10, 0.5, -1])
+def test_verify_detects_one_altered_byte_and_names_the_file(at, cli, here):
     with SnapshotStore("run", "w") as store:
         for index in (1, 2):
             store.save({"w": np.arange(100.0)}, index=index, step=index, cycle=0, lr=0.1, framework="numpy")
     path = here / "run" / "snapshot-002.safetensors"
     content = bytearray(path.read_bytes())
-    content[len(content) // 2 if place == 0.5 else place] ^= 1
+    content[len(content) // 2 if at == 0.5 else at] ^= 1
     path.write_bytes(content)
     done = cli("verify", "run")
     assert (done.code, done.out) == (1, "")
-    assert "snapshot-002.safetensors" in done.told
+    assert "snapshot-002.safetensors" in done.refusal
 
 
 # other processes
@@ -272,7 +272,7 @@ def test_python_m_snapcore_is_the_command(python, cli):
     done = python("-m", "snapcore", "schedule", "--steps", "10", "--cycles", "4")
     assert done.code == 0
     assert done.out == cli("schedule", "--steps", "10", "--cycles", "4").out
-    assert done.told.startswith("snapcore: steps=10 does not fit 4 cycles")
+    assert done.refusal.startswith("snapcore: steps=10 does not fit 4 cycles")
 
 
 def test_backends_lists_what_is_installed(cli):
@@ -285,7 +285,7 @@ def test_backends_lists_what_is_installed(cli):
 def test_without_the_extra_the_command_says_how_to_install_it(missing, python):
     done = python("-c", HIDE + "from snapcore.lab import main; main()", missing, "backends")
     assert (done.code, done.out) == (1, "")
-    assert done.told == f"snapcore: the command needs {missing}: pip install 'snapcore[lab]'"
+    assert done.refusal == f"snapcore: the command needs {missing}: pip install 'snapcore[lab]'"
 
 
 def test_an_own_module_that_is_missing_is_not_taken_for_the_extra(python):
@@ -299,15 +299,15 @@ def test_without_pytorch_every_door_says_how_to_install_it(python):
     code = """
 import contextlib, io, json
 from snapcore.lab.cli import run
-told = []
+printed = []
 for words in (["train"], ["backends"], ["train", "--backend", "torch"]):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        told.append([run(words), out.getvalue() + err.getvalue()])
+        printed.append([run(words), out.getvalue() + err.getvalue()])
 try:
     import snapcore_torch
 except ModuleNotFoundError as error:
-    told.append([error.name, str(error)])
-print(json.dumps(told))
+    printed.append([error.name, str(error)])
+print(json.dumps(printed))
 """
     done = python("-c", HIDE + code, "torch", "jax", "tensorflow", "keras")
     train, backends, named, imported = json.loads(done.out)

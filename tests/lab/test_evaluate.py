@@ -89,7 +89,7 @@ def test_the_scores_of_several_runs_go_to_a_numbered_directory(cli, here, finish
 def test_more_members_than_there_are_cannot_be_scored(last, cli, finished):
     done = cli("evaluate", finished, "--last", last)
     assert done.code == (1 if last else 2)
-    assert ("last must be in 1..3, the finished members of" if last else "--last") in done.told
+    assert ("last must be in 1..3, the finished members of" if last else "--last") in done.refusal
 
 
 def test_runs_on_different_images_are_refused_by_name(cli, here, finished):
@@ -100,8 +100,8 @@ def test_runs_on_different_images_are_refused_by_name(cli, here, finished):
     assert cli("train", *words, "--output", "noise").code == 0
     done = cli("evaluate", finished, "noise")
     assert (done.code, done.out) == (1, "")
-    assert f"{finished} (digits) and noise (noise) were tested on different images" in done.told
-    assert "one at a time" in done.told
+    assert f"{finished} (digits) and noise (noise) were tested on different images" in done.refusal
+    assert "one at a time" in done.refusal
 
 
 def test_an_altered_member_is_not_scored(cli, here, stopping):
@@ -112,7 +112,7 @@ def test_an_altered_member_is_not_scored(cli, here, stopping):
     file.write_bytes(content)
     done = cli("evaluate", "run")
     assert done.code == 1
-    assert "snapshot-001.safetensors does not have the SHA-256 that was recorded" in done.told
+    assert "snapshot-001.safetensors does not have the SHA-256 that was recorded" in done.refusal
 
 
 def test_the_function_behind_the_command_raises_the_errors_of_the_tree(here, finished):

@@ -30,8 +30,8 @@ def by_hand(file, images):
     kernels = [tensors[name] for name in sorted(tensors) if tensors[name].ndim == 2]
     biases = [tensors[name] for name in sorted(tensors) if tensors[name].ndim == 1]
     x = images.reshape(len(images), -1)
-    for place, (kernel, bias) in enumerate(zip(kernels, biases, strict=True)):
-        x = np.maximum(x, 0) if place else x
+    for layer, (kernel, bias) in enumerate(zip(kernels, biases, strict=True)):
+        x = np.maximum(x, 0) if layer else x
         x = x @ (kernel.T if file.parent.name == "torch" else kernel) + bias
     powers = np.exp(x.astype(np.float64))
     return powers / powers.sum(1, keepdims=True)
@@ -92,10 +92,10 @@ def test_a_framework_is_imported_only_if_a_run_is_of_it(runs, python, first, sec
     assert sorted(imported) == sorted({first, second})
 
 
-def test_a_run_of_one_framework_does_not_go_on_in_another(runs, cli):
+def test_a_run_of_one_framework_is_not_resumed_in_another(runs, cli):
     for name in ("keras", "torch"):
-        told = cli("train", "--backend", name, *WORDS, "--output", runs["jax"]).told
-        assert str(runs["jax"]) in told
+        refusal = cli("train", "--backend", name, *WORDS, "--output", runs["jax"]).refusal
+        assert str(runs["jax"]) in refusal
 
 
 def test_the_list_of_backends_names_each_with_its_version_and_device(cli):

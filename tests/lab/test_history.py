@@ -16,7 +16,7 @@ def loss_of(step):
     return 1 / (step + 1) ** 7  # many digits, and exponents, to be cut in two
 
 
-def told(history, start, stop, write_at=()):
+def fill(history, start, stop, write_at=()):
     for step in range(start, stop + 1):
         history.report(step, loss_of(step))
         if step in write_at:
@@ -39,7 +39,7 @@ def table(directory):
 @settings(max_examples=20, deadline=None)
 def test_the_table_has_every_update_once_however_often_it_is_written(write_at, tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
-    told(History(directory, RATE), 1, 60, write_at)
+    fill(History(directory, RATE), 1, 60, write_at)
     assert table(directory) == expected(60)
     assert [path.name for path in directory.iterdir()] == [FILE]
 
@@ -48,17 +48,17 @@ def test_the_table_has_every_update_once_however_often_it_is_written(write_at, t
 @settings(max_examples=30, deadline=None)
 def test_a_run_killed_while_it_writes_ends_with_the_same_bytes(data, stop, writes, tmp_path_factory):
     directory, whole = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("whole")
-    told(History(whole, RATE), 1, 60)
-    told(History(directory, RATE), 1, stop, writes)
+    fill(History(whole, RATE), 1, 60)
+    fill(History(directory, RATE), 1, stop, writes)
     content = (directory / FILE).read_bytes()
     point = data.draw(st.integers(0, stop), label="the resume point")
-    least = [0, *(place + 1 for place, byte in enumerate(content) if byte == ord("\n"))][point + 1]
+    least = [0, *(at + 1 for at, byte in enumerate(content) if byte == ord("\n"))][point + 1]
     cut = data.draw(st.integers(least, len(content)), label="bytes that reached the disk")
     (directory / FILE).write_bytes(content[:cut])
     history = History(directory, RATE)
     assert history.rows == expected(len(history.rows))
     assert len(history.rows) >= point
-    told(history, point + 1, 60, writes)
+    fill(history, point + 1, 60, writes)
     assert (directory / FILE).read_bytes() == (whole / FILE).read_bytes()
 
 

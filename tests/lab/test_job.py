@@ -1,4 +1,4 @@
-"""What a run was asked to do: kept whole, told apart, and made into data, a program and a model."""
+"""What a run was asked to do: kept whole, compared, and made into data, a program and a model."""
 
 import dataclasses
 

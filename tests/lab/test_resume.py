@@ -1,4 +1,4 @@
-"""A run of the command that is ended anywhere goes on by the same command, and nobody can tell afterwards."""
+"""A run of the command that is ended anywhere is resumed by the same command, and no file shows it afterwards."""
 
 import csv
 import logging
@@ -28,7 +28,7 @@ def never_stopped(models, tmp_path_factory):
 
 
 @pytest.fixture
-def assert_nobody_can_tell(tensors_of, results):
+def assert_same_run(tensors_of, results):
     def check(run, whole):
         assert tensors_of(run) == tensors_of(whole)
         assert results(run) == results(whole)
@@ -47,14 +47,14 @@ def assert_nobody_can_tell(tensors_of, results):
 @pytest.mark.parametrize(
     ("how", "update", "options", "kept"),
     [
-        ("SIGTERM", 60, (), 84),  # told in the middle of a slice, left at its end
+        ("SIGTERM", 60, (), 84),  # received in the middle of a slice, answered at its end
         ("SIGTERM", 55, ("--resume-every", "10"), 60),
         ("SIGKILL", 100, (), None),
         ("SIGKILL", 30, ("--resume-every", "7"), None),
     ],
 )
-def test_a_killed_run_goes_on_by_the_same_command_and_ends_as_if_never_stopped(
-    how, update, options, kept, python, cli, here, stopping, never_stopped, assert_nobody_can_tell
+def test_a_killed_run_is_resumed_by_the_same_command_and_ends_as_if_never_stopped(
+    how, update, options, kept, python, cli, here, stopping, never_stopped, assert_same_run
 ):
     command = (*TRAIN, *options, "--output", "killed")
     killed = python("-m", "snapcore", *command, STOP_AT=str(update), STOP_HOW=how)
@@ -63,16 +63,16 @@ def test_a_killed_run_goes_on_by_the_same_command_and_ends_as_if_never_stopped(
         assert killed.err == ""
     else:
         assert killed.code == 143
-        assert killed.told == f"snapcore: killed: left after {kept} of 126 updates; it goes on after update {kept}"
+        assert killed.refusal == f"snapcore: killed: left after {kept} of 126 updates; it resumes after update {kept}"
     assert not (here / "killed" / "results.json").exists()
     assert cli(*command).code == 0
-    assert_nobody_can_tell(here / "killed", never_stopped)
+    assert_same_run(here / "killed", never_stopped)
 
 
 @pytest.mark.parametrize("every", [None, 1, 10])
 @pytest.mark.parametrize("update", [1, 43, 126])
-def test_a_run_left_in_any_update_goes_on_from_its_last_point(
-    update, every, cli, here, stopping, never_stopped, assert_nobody_can_tell, caplog
+def test_a_run_left_in_any_update_resumes_from_its_last_point(
+    update, every, cli, here, stopping, never_stopped, assert_same_run, caplog
 ):
     caplog.set_level(logging.INFO, "snapcore")
     options = () if every is None else ("--resume-every", every)
@@ -81,24 +81,22 @@ def test_a_run_left_in_any_update_goes_on_from_its_last_point(
     assert left.code == 130
     done = update - 1
     point = max(done // 42 * 42, 0 if every is None else done // every * every)
-    ending = f"it goes on after update {point}" if point else "there is no resume point"
+    ending = f"it resumes after update {point}" if point else "there is no resume point"
     assert caplog.messages[-1].endswith(ending)
     caplog.clear()
     stopping(None)
     assert cli(*TRAIN, *options, "--output", "left").code == 0
-    assert caplog.messages == ([f"left goes on after update {point} of 126"] if point else [])
-    assert_nobody_can_tell(here / "left", never_stopped)
+    assert caplog.messages == ([f"left: resumed after update {point} of 126"] if point else [])
+    assert_same_run(here / "left", never_stopped)
 
 
-def test_a_run_that_is_left_again_and_again_still_ends_the_same(
-    cli, here, stopping, never_stopped, assert_nobody_can_tell
-):
+def test_a_run_that_is_left_again_and_again_still_ends_the_same(cli, here, stopping, never_stopped, assert_same_run):
     stopping(25)  # counted from where each attempt begins
     codes = [cli(*TRAIN, "--resume-every", "10", "--output", "left").code for _ in range(6)]
     stopping(None)
     codes.append(cli(*TRAIN, "--resume-every", "10", "--output", "left").code)
     assert codes == [130] * 6 + [0]
-    assert_nobody_can_tell(here / "left", never_stopped)
+    assert_same_run(here / "left", never_stopped)
 
 
 def test_without_an_output_the_same_command_finds_the_run_it_left(cli, here, stopping):
@@ -124,27 +122,27 @@ def test_no_resume_without_an_output_begins_a_new_run(cli, here, stopping):
     assert len(SnapshotStore("runs/digits-Net-snapshot").members) == 1
 
 
-def test_no_resume_moves_an_unfinished_run_aside(cli, here, stopping, never_stopped, assert_nobody_can_tell):
+def test_no_resume_moves_an_unfinished_run_aside(cli, here, stopping, never_stopped, assert_same_run):
     stopping(50)
     assert cli(*TRAIN, "--output", "run").code == 130
     stopping(None)
     assert cli(*TRAIN, "--output", "run", "--no-resume").code == 0
     assert len(SnapshotStore("run.1").members) == 1
     assert SnapshotStore("run.1").stopped is None
-    assert_nobody_can_tell(here / "run", never_stopped)
+    assert_same_run(here / "run", never_stopped)
 
 
 def test_an_unfinished_run_of_another_job_is_refused_and_left_as_it_is(cli, here, stopping):
     stopping(50)
     assert cli(*TRAIN, "--output", "run").code == 130
     before = {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()}
-    told = cli(*TRAIN, "--batch-size", "32", "--output", "run").told
-    assert "{'batch_size': 64}, asked for {'batch_size': 32}" in told
+    refusal = cli(*TRAIN, "--batch-size", "32", "--output", "run").refusal
+    assert "{'batch_size': 64}, asked for {'batch_size': 32}" in refusal
     assert {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()} == before
 
 
-def test_scoring_an_unfinished_run_does_not_keep_it_from_going_on(
-    cli, here, stopping, never_stopped, assert_nobody_can_tell, results
+def test_scoring_an_unfinished_run_does_not_keep_it_from_being_resumed(
+    cli, here, stopping, never_stopped, assert_same_run, results
 ):
     stopping(100)
     assert cli(*TRAIN).code == 130
@@ -156,13 +154,13 @@ def test_scoring_an_unfinished_run_does_not_keep_it_from_going_on(
     assert early["members"] == results(never_stopped)["members"][:2]
     assert cli(*TRAIN).code == 0
     assert [path.name for path in (here / "runs").iterdir()] == [run.name]
-    assert_nobody_can_tell(run, never_stopped)
+    assert_same_run(run, never_stopped)
 
 
 def test_a_run_without_a_member_cannot_be_scored_yet(cli, here, stopping):
     stopping(10)
     assert cli(*TRAIN, "--output", "run").code == 130
-    assert "run holds no finished member: train until the first cycle ends" in cli("evaluate", "run").told
+    assert "run holds no finished member: train until the first cycle ends" in cli("evaluate", "run").refusal
 
 
 @pytest.mark.parametrize("lost", [["results.json"], ["results.json", "training.png", "history.csv"]])
@@ -187,7 +185,7 @@ def test_results_that_could_not_be_written_whole_are_not_there_at_all(cli, here,
     shutil.copytree(never_stopped, here / "run")
     before = (here / "run" / "results.json").read_bytes()
     monkeypatch.setattr("pathlib.Path.write_bytes", no_room)
-    assert "No space left on device" in cli("evaluate", "run").told
+    assert "No space left on device" in cli("evaluate", "run").refusal
     assert (here / "run" / "results.json").read_bytes() == before
 
 

@@ -214,7 +214,7 @@ def test_a_directory_with_a_finished_run_is_refused_with_the_cure(cli, finished,
     done = cli("train", *SHORT, "--output", finished)
     assert (done.code, done.out) == (1, "")
     for cure in ("snapcore evaluate", "--output", "--no-resume"):
-        assert cure in done.told
+        assert cure in done.refusal
     assert tensors_of(finished) == before
     assert (finished / "results.json").stat().st_mtime_ns == stamp
 
@@ -236,16 +236,16 @@ def test_a_job_that_cannot_be_run_does_not_move_the_run_aside(cli, here):
 
 
 def test_another_job_in_a_directory_is_refused_naming_what_differs(cli, finished):
-    told = cli("train", *SHORT, "--lr", "0.05", "--seed", "7", "--output", finished).told
-    assert "{'lr': 0.1, 'seed': 0}, asked for {'lr': 0.05, 'seed': 7}" in told
+    refusal = cli("train", *SHORT, "--lr", "0.05", "--seed", "7", "--output", finished).refusal
+    assert "{'lr': 0.1, 'seed': 0}, asked for {'lr': 0.05, 'seed': 7}" in refusal
     for cure in ("ask for the same", "--output", "--no-resume"):
-        assert cure in told
+        assert cure in refusal
 
 
 def test_a_run_that_the_command_did_not_make_is_refused(cli, here):
     with SnapshotStore("run", "w") as store:
         store.save({"w": np.ones(3)}, index=1, step=9, cycle=0, lr=0.1, framework="torch")
     before = sorted(path.name for path in (here / "run").iterdir())
-    told = cli("train", *SHORT, "--output", "run").told
-    assert "run holds no job.json: snapcore train did not make it; choose another" in told
+    refusal = cli("train", *SHORT, "--output", "run").refusal
+    assert "run holds no job.json: snapcore train did not make it; choose another" in refusal
     assert sorted(path.name for path in (here / "run").iterdir()) == before

@@ -120,6 +120,6 @@ def test_a_program_with_fresh_weights_and_no_init_is_refused_before_anything_is_
 def test_fresh_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     what = program("singlecycle", lr=0.1, steps=12, cycles=3)
     other = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
-    with pytest.raises(DataError, match=r"the fresh member does not fit the model .*'002/"):
+    with pytest.raises(DataError, match=r"a restart.s member does not fit the model .*'002/"):
         starts(tmp_path / "run", what, make(), adam(), init=lambda _: other)
     assert len(SnapshotStore(tmp_path / "run").members) == 1

@@ -237,8 +237,8 @@ def test_between_boundaries_the_optimizers_count_is_not_read(tmp_path, monkeypat
     model, optimizer = linear(), sgd(0.7)
     update = make_update(model, optimizer)
     with SnapshotRun(tmp_path / "run", long, model, optimizer) as run:
-        counted, reads = run._following.updates, []
-        monkeypatch.setattr(run._following, "updates", lambda: reads.append(1) or counted())
+        counted, reads = run._run._read_count, []
+        monkeypatch.setattr(run._run, "_read_count", lambda: reads.append(1) or counted())
         for step in range(1, 30):
             update()
             run.step()
@@ -296,7 +296,7 @@ def test_an_exception_in_the_loop_keeps_the_members_frees_the_directory_and_tell
 
     with pytest.raises(KeyboardInterrupt):
         interrupted_loop()
-    assert "left after 6 of 12 updates; it goes on after update 4" in caplog.text
+    assert "left after 6 of 12 updates; it resumes after update 4" in caplog.text
     with SnapshotStore(tmp_path / "run", "w") as store:
         assert ([member.step for member in store.members], store.stopped) == ([4], None)
         store.verify()

@@ -103,6 +103,6 @@ def test_a_program_with_fresh_weights_and_no_init_is_refused_before_anything_is_
 def test_fresh_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     model = make()
     what = program("singlecycle", lr=0.1, steps=12, cycles=3)
-    with pytest.raises(DataError, match=r"the fresh member does not fit the model .*'0.weight' \(4, 3\) is missing"):
+    with pytest.raises(DataError, match=r"a restart's member does not fit the model .*'0.weight' \(4, 3\) is missing"):
         starts(tmp_path / "run", what, model, sgd(model), init=lambda _: nn.Linear(3, 1))
     assert len(SnapshotStore(tmp_path / "run").members) == 1

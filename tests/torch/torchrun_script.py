@@ -208,7 +208,7 @@ def terminate(folder):
         if run.updates == 12:
             if rank == 1:
                 os.kill(os.getppid(), signal.SIGTERM)
-            while not run._recorder._termination.received:
+            while not run._recorder._sigterm.received:
                 time.sleep(0.01)
 
     train(folder / "terminated", noisy, LONG, after=tell)

@@ -23,7 +23,7 @@ original = getattr(callback, hook)
 def dying(self, *args, **kwargs):
     original(self, *args, **kwargs)
     if self._run.updates == int(step):
-        self._run.place()  # the members so far are on disk
+        self._run.position()  # the members so far are on disk
         os.kill(os.getpid(), signal.SIGKILL)
 
 

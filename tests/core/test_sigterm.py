@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from snapcore.run.sigterm import EXIT_CODE, Termination
+from snapcore.run.sigterm import EXIT_CODE, SigtermHandler
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def python(program):
 
 
 def test_a_signal_is_noted_and_ends_nothing(earlier):
-    termination = Termination()
+    termination = SigtermHandler()
     assert not termination.received
     terminate()
     assert termination.received
@@ -39,7 +39,7 @@ def test_a_signal_is_noted_and_ends_nothing(earlier):
 
 def test_the_handler_before_is_put_back(earlier):
     before = signal.getsignal(signal.SIGTERM)
-    termination = Termination()
+    termination = SigtermHandler()
     assert signal.getsignal(signal.SIGTERM) != before
     termination.remove()
     assert signal.getsignal(signal.SIGTERM) is before
@@ -51,20 +51,20 @@ def test_the_handler_before_is_put_back(earlier):
 @pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
 def test_what_the_system_did_before_is_put_back(earlier, before):
     signal.signal(signal.SIGTERM, before)
-    Termination().remove()
+    SigtermHandler().remove()
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_where_another_language_had_the_signal_the_system_gets_it(earlier, monkeypatch):
     install = signal.signal
     monkeypatch.setattr(signal, "signal", lambda number, handler: install(number, handler) and None)
-    termination = Termination()
+    termination = SigtermHandler()
     termination.remove()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_handler_that_came_later_stays_and_may_hand_the_signal_on(earlier):
-    termination = Termination()
+    termination = SigtermHandler()
     ours = signal.getsignal(signal.SIGTERM)
     heard = []
 
@@ -82,7 +82,7 @@ def test_a_handler_that_came_later_stays_and_may_hand_the_signal_on(earlier):
 
 
 def test_one_that_is_removed_before_a_later_one_keeps_no_signal_to_itself(earlier):
-    first, second = Termination(), Termination()
+    first, second = SigtermHandler(), SigtermHandler()
     first.remove()
     terminate()
     assert (first.received, second.received) == (False, True)
@@ -92,7 +92,7 @@ def test_one_that_is_removed_before_a_later_one_keeps_no_signal_to_itself(earlie
 
 
 def test_a_second_signal_goes_to_the_handler_before(earlier):
-    termination = Termination()
+    termination = SigtermHandler()
     terminate()
     terminate()
     assert earlier == [signal.SIGTERM]
@@ -103,7 +103,7 @@ def test_a_second_signal_goes_to_the_handler_before(earlier):
 
 def test_a_second_signal_is_ignored_where_signals_were(earlier):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    termination = Termination()
+    termination = SigtermHandler()
     terminate()
     terminate()
     assert termination.received
@@ -114,7 +114,7 @@ def test_a_second_signal_is_the_systems_where_there_is_no_handler(earlier, monke
     raised = []
     monkeypatch.setattr(signal, "raise_signal", lambda number: raised.append((number, signal.getsignal(number))))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    Termination()
+    SigtermHandler()
     terminate()
     assert raised == []
     terminate()
@@ -124,8 +124,8 @@ def test_a_second_signal_is_the_systems_where_there_is_no_handler(earlier, monke
 def test_a_second_signal_ends_a_program_that_has_no_handler():
     ended = python(
         "import os, signal\n"
-        "from snapcore.run.sigterm import Termination\n"
-        "termination = Termination()\n"
+        "from snapcore.run.sigterm import SigtermHandler\n"
+        "termination = SigtermHandler()\n"
         "for _ in range(2):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print(termination.received, flush=True)\n"
@@ -136,8 +136,8 @@ def test_a_second_signal_ends_a_program_that_has_no_handler():
 def test_a_forked_process_dies_of_it_and_the_parent_hears_nothing():
     ended = python(
         "import os, signal\n"
-        "from snapcore.run.sigterm import Termination\n"
-        "termination = Termination()\n"
+        "from snapcore.run.sigterm import SigtermHandler\n"
+        "termination = SigtermHandler()\n"
         "child = os.fork()\n"
         "if child == 0:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -149,7 +149,7 @@ def test_a_forked_process_dies_of_it_and_the_parent_hears_nothing():
 
 def test_leaving_gives_the_handler_before_its_turn_and_exits_as_the_signal_would(earlier):
     before = signal.getsignal(signal.SIGTERM)
-    termination = Termination()
+    termination = SigtermHandler()
     with pytest.raises(SystemExit) as caught:
         termination.leave()
     assert caught.value.code == EXIT_CODE == 143
@@ -160,7 +160,7 @@ def test_leaving_gives_the_handler_before_its_turn_and_exits_as_the_signal_would
 def test_leaving_exits_where_there_was_no_handler(earlier):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with pytest.raises(SystemExit):
-        Termination().leave()
+        SigtermHandler().leave()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -168,7 +168,7 @@ def test_in_a_thread_nothing_is_installed_and_leaving_ends_the_thread_alone(earl
     before, caught = signal.getsignal(signal.SIGTERM), []
 
     def run():
-        termination = Termination()
+        termination = SigtermHandler()
         caught.append(signal.getsignal(signal.SIGTERM))
         termination.remove()
         try:
@@ -184,7 +184,7 @@ def test_in_a_thread_nothing_is_installed_and_leaving_ends_the_thread_alone(earl
 
 
 def test_one_made_in_the_main_thread_is_not_removed_from_another(earlier):
-    termination = Termination()
+    termination = SigtermHandler()
     installed = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=termination.remove)
     thread.start()

@@ -25,7 +25,7 @@ from snapcore import (
 )
 from snapcore.store import SnapshotStore, read_point
 from snapcore_keras import SnapshotCallback, SnapshotSchedule
-from snapcore_keras.run import Following
+from snapcore_keras.run import KerasRun
 from snapcore_keras.steps_per_execution import check_cycles
 
 SHORT = CosineCycles(0.02, 24, 3)  # epochs have 6 batches
@@ -341,15 +341,14 @@ def test_a_plain_rate_goes_on_also_if_the_optimizer_had_counted_before_the_run(f
 
 def test_a_loop_of_ones_own_has_its_schedule_told_of_accumulated_gradients(fits, tmp_path, formula):
     model = shown(fits, SnapshotSchedule(SHORT), gradient_accumulation_steps=2)
-    following = Following(tmp_path / "run", SHORT, model, model.optimizer, framework="keras")
+    run = KerasRun(tmp_path / "run", SHORT, model, model.optimizer, framework="keras")
     for batch in range(24):
         model.train_on_batch(fits.X, fits.Y)
-        if following.called():
-            following.look()
+        if run.call():
+            run.look()
         if batch % 2:
             assert model.get_weights()[0].max() == pytest.approx(formula(batch // 2), rel=1e-5)
-    following.settle()
-    following.recorder.close()
+    run.close(exact=True)
     assert read_point(tmp_path / "run").state["place"]["step"] == 12
 
 
@@ -407,7 +406,7 @@ def test_points_are_kept_in_between_if_asked(fits, tmp_path):
     callback = SnapshotCallback(tmp_path / "run", SHORT, resume_every=5)
 
     def look(model):
-        callback._following.recorder.place()  # waits for the file
+        callback._run.recorder.position()  # waits for the file
         points.append(read_point(tmp_path / "run").state["place"]["step"])
 
     fits.fit(fits.network(SHORT), callback, *(At(batch, look) for batch in (5, 7, 10, 15, 16)))
@@ -447,7 +446,7 @@ def test_a_last_member_that_was_not_written_is_taken_from_the_backup(fits, tmp_p
         fits.fit(fits.network(SHORT), *(first := callbacks()), DieAtTheEnd())
     first[0].close()
     with SnapshotStore(tmp_path / "run", "w") as store:
-        store.keep(2)
+        store.truncate(2)
     fits.fit(fits.network(SHORT), *callbacks())
     assert len(watch.weights) == 24
     assert fits.same(fits.members(tmp_path / "run"), {step: watch.weights[step] for step in (8, 16, 24)})

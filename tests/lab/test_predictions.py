@@ -78,9 +78,9 @@ def test_several_runs_follow_one_another_and_each_member_is_scored_as_it_passes(
     scored = Scored(runs, LABELS)
     assert scored.scores == {}
     assert [member.index for member in scored.members] == [1, 3, 3]
-    for place, (values, index) in enumerate(zip(scored, [1, 3, 3], strict=True)):
+    for position, (values, index) in enumerate(zip(scored, [1, 3, 3], strict=True)):
         np.testing.assert_allclose(values, own_prediction(store, index), rtol=1e-12)
-        assert scored.scores[place] == pytest.approx(score(own_prediction(store, index), LABELS))
+        assert scored.scores[position] == pytest.approx(score(own_prediction(store, index), LABELS))
     assert len(scored) == len(scored.scores) == 3
 
 

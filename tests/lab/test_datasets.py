@@ -135,7 +135,7 @@ def test_digits_with_a_directory_is_refused_rather_than_one_of_them_ignored(tmp_
         load_data("digits", tmp_path)
 
 
-# names and places
+# names and directories
 
 
 def test_unknown_name_lists_the_known_ones():
@@ -143,13 +143,13 @@ def test_unknown_name_lists_the_known_ones():
         load_data("mnits")
 
 
-def test_fashion_mnist_is_found_in_its_usual_place(tmp_path, monkeypatch):
-    monkeypatch.setitem(data_module._DEFAULT_PLACES, "fashion-mnist", write_idx(tmp_path))
+def test_fashion_mnist_is_found_where_it_is_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(data_module._INSTALLED, "fashion-mnist", write_idx(tmp_path))
     assert_is_the_example(load_data("fashion-mnist"))
 
 
-def test_fashion_mnist_that_is_not_installed_names_the_package_and_the_place(tmp_path, monkeypatch):
-    monkeypatch.setitem(data_module._DEFAULT_PLACES, "fashion-mnist", tmp_path / "absent")
+def test_fashion_mnist_that_is_not_installed_names_the_package_and_the_directory(tmp_path, monkeypatch):
+    monkeypatch.setitem(data_module._INSTALLED, "fashion-mnist", tmp_path / "absent")
     with pytest.raises(DataError, match=r"absent.*package dataset-fashion-mnist"):
         load_data("fashion-mnist")
 
