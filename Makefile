@@ -21,11 +21,23 @@ FORKING := tests $(addprefix --ignore=,$(CORE) $(THREADED))
 demo: $(VENV)/.demo
 	$(BIN)/snapcore train
 
+.PHONY: check core versions
+
+# What to run after every change: side by side, since a type checker uses one core.
+check: $(VENV)/.lint
+	$(MAKE) --jobs 2 --output-sync lint core
+
+core: $(VENV)/.test
+	$(ONE_THREAD) $(PYTEST) -q $(CORE)
+
 test: $(VENV)/.test
 	SNAPCORE_REQUIRE=torch,jax,keras,tensorflow $(ONE_THREAD) $(PYTEST) $(CORE) --cov --cov-report=term
 	$(ONE_THREAD) $(ONE_CACHE) $(PYTEST) $(FORKING)
 	$(ONE_THREAD) $(ONE_CACHE) $(PYTEST) $(THREADED) \
 	  --doctest-modules --pyargs snapcore snapcore_torch snapcore_jax snapcore_keras snapcore_tensorflow
+
+versions:
+	$(ONE_THREAD) $(PYTHON) tests/packaging/versions.py $(PYTHONS)
 
 durability: $(VENV)/.test
 	SNAPCORE_KILLS=100 SNAPCORE_DAMAGE=10000 $(ONE_THREAD) $(BIN)/python -m pytest tests/durability -n 2 -q $(ARGS)
@@ -38,7 +50,7 @@ lint: $(VENV)/.lint
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m pytest tests/bench --benchmark-only --benchmark-quiet -q $(ARGS)
+	$(BIN)/python -m pytest tests/bench --benchmark-only --benchmark-quiet --timeout 900 -q $(ARGS)
 
 # Needs no .venv: a machine with a GPU may have no network, and what is installed there must do.
 gpu:

@@ -113,8 +113,9 @@ def _from_loss(given: Any, axis: int | None) -> str | None:
         return "probabilities"
     if isinstance(loss, _BINARY) or loss in _BINARY_FUNCTIONS:
         return "sigmoid"
-    if axis is None and getattr(loss, "axis", -1) != -1:
-        raise DataError(f"the loss has the classes along axis {loss.axis}, not along the last: pass axis={loss.axis}")
+    of_loss = getattr(loss, "axis", -1)
+    if axis is None and of_loss != -1:
+        raise DataError(f"the loss has the classes along axis {of_loss}, not along the last: pass axis={of_loss}")
     return "softmax"
 
 

@@ -70,8 +70,8 @@ def check_optimizer(optimizer: Any, model: nn.Module, state: Mapping[str, Any]) 
             "after the model is built"
         )
     for each in state.values():
-        if callable(parameters := getattr(each, "parameters", None)):
-            own |= {id(parameter) for parameter in parameters()}
+        if isinstance(each, nn.Module):
+            own |= {id(parameter) for parameter in each.parameters()}
     others = [tuple(parameter.shape) for parameter in trained if id(parameter) not in own]
     if others:
         raise ProtocolError(
