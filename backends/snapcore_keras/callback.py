@@ -7,13 +7,15 @@ threads unless a callback asks for them in its own, and then no batch waits for 
 callback takes them there as well, and does its work when Keras asks after a batch, in its own thread, whether to stop.
 """
 
+import sys
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from snapcore import Program, ProtocolError, Schedule
+from snapcore import Program, ProtocolError, Schedule, Snapshot
 from snapcore.protocol import Restart, as_program
 from snapcore.run import Position, require_fresh
 from snapcore.store import MANIFEST, ResumePoint, SnapshotStore, clear_point, read_point
@@ -29,7 +31,7 @@ from snapcore_keras.schedule import (
     has_plain_rate,
     tell_accumulation,
 )
-from snapcore_keras.state import is_built
+from snapcore_keras.state import fingerprint, is_built
 from snapcore_keras.steps_per_execution import check_cycles, check_epochs
 
 _FRAMEWORK = "keras"
@@ -61,6 +63,10 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         resume: go on with an unfinished run that is there; False moves any run aside, unless the model is in it.
         resume_every: updates between two resume points, beside those at every cycle's end.
         init: for programs with `fresh` restarts: gives a model, or arrays by name, for a member number.
+        optimizer: the one whose updates count, where it is not `model.optimizer`, as in a model with a `compile` and a
+            `train_step` of its own.
+        on_member: called with each snapshot as it is taken.
+        metrics: gives what to record with a member; called with its snapshot.
 
     Raises:
         ScheduleError: when training starts: the optimizer has another schedule, or `steps_per_execution` does not
@@ -94,13 +100,19 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         resume: bool = True,
         resume_every: int | None = None,
         init: FreshWeights | None = None,
+        optimizer: Any = None,
+        on_member: Callable[[Snapshot], object] | None = None,
+        metrics: Callable[[Snapshot], Mapping[str, float] | None] | None = None,
     ) -> None:
         super().__init__()
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()
         self.program = as_program(cycles_or_program)
         require_fresh(self.program, init)
         self._resume = resume
         self._options: dict[str, Any] = {"resume_every": resume_every, "init": init}
+        self._options |= {"on_member": on_member, "metrics": metrics}
+        self._optimizer = optimizer
+        self._left: tuple[bytes, ...] | None = None  # a fingerprint of the weights after the last epoch
         self._run: KerasRun | None = None
         self._thread = threading.get_ident()
         self._counted = 0
@@ -118,13 +130,15 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._close_what_was_left()
         self._waits = self._begun = self._begins = self._notified = False
         model = self.model
-        check_cycles(self.program.schedule, model.steps_per_execution, accumulation(model.optimizer))
-        self._counted = counted(model.optimizer)
-        if self._gives(model.optimizer):
+        optimizer = self._trains(model)
+        _refuse_other_rates()
+        check_cycles(self.program.schedule, model.steps_per_execution, accumulation(optimizer))
+        self._counted = counted(optimizer)
+        if self._gives(optimizer):
             self._give(model, self._counted)
-        elif tell_accumulation(model.optimizer):
+        elif tell_accumulation(optimizer):
             _forget_traces(model)
-        check_rate(model.optimizer, self.program.schedule)
+        check_rate(optimizer, self.program.schedule)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Open the run before the first batch, where the model is by now; after it, if Keras builds the model in it."""
@@ -155,33 +169,50 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
             raise ProtocolError("a batch has ended in another thread, and its begin was not told: call that hook, too")
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
-        """Wait for the files that a backup of this epoch counts on."""
+        """Wait for the files that a backup of this epoch counts on; after the last epoch, write a resume point.
+
+        When training ends, Keras replaces the weights by their averages (`use_ema`), and `EarlyStopping` by the best
+        ones, before callbacks hear of it. So the point to resume from is written here.
+        """
         if self._begun:
             self._take()
-        run = self._run
-        if run is not None and run.waiting:  # else it was done at the boundary, for the member
+        run, model = self._run, self.model
+        if run is None:
+            return
+        if run.waiting:  # else it was done at the boundary, for the member
             run.recorder.position()
+        if epoch + 1 == self.params.get("epochs") and not run.cursor.finished:
+            if run.waiting:
+                run.look()
+            run.recorder.save_point()
+        self._left = fingerprint(model.weights)
 
     def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002
-        """Wait for the files, and raise what writing them raised; a later `fit` goes on."""
-        if self._run is None and counted(self.model.optimizer) != self._counted:
-            self._open(self.model)  # a backup was made after the last epoch, and what was due there may not be on disk
-        self.close()
+        """Wait for the files, and raise what writing them raised; a later `fit` resumes."""
+        model = self.model
+        if self._run is None and counted(self._trains(model)) != self._counted:
+            self._open(model)  # a backup was made after the last epoch, and what was due there may not be on disk
+        # Weights that were replaced since the last update are none to resume from: the newest point is.
+        self._close(exact=self._left is None or fingerprint(model.weights) == self._left)
 
     def close(self) -> None:
         """Release the directory after a `fit` that has died; a later one goes on where this left the model.
 
         Raises:
             StoreError, DivergedError: a member or the resume point could not be written or was refused.
-            SystemExit: with code 143, after a SIGTERM that no update has answered.
+            SystemExit, KeyboardInterrupt: after a SIGTERM or a Ctrl-C that no update has answered.
         """
+        self._close(exact=True)
+
+    def _close(self, *, exact: bool) -> None:
         run, self._run = self._run, None
+        self._left = None
         if run is None:
             return
-        _OPEN.pop(self.directory.absolute(), None)
+        _OPEN.pop(self.directory, None)
         self._ask_no_more()
-        if run.waiting:
-            run.close(exact=True)
+        if run.waiting or not exact:
+            run.close(exact=exact)
         else:  # what was counted has been seen; on JAX the count of a `fit` that has died may be older
             run.recorder.close()
 
@@ -212,9 +243,13 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _close_what_was_left(self) -> None:
         """Close the run of a `fit` that has died: in the thread that begins one, no other can be under way."""
-        left = _OPEN.get(self.directory.absolute())
+        left = _OPEN.get(self.directory)
         if left is not None and left._thread == self._thread:
             left.close()
+
+    def _trains(self, model: Any) -> Any:
+        """Return the optimizer whose updates count."""
+        return model.optimizer if self._optimizer is None else self._optimizer
 
     def _gives(self, optimizer: Any) -> bool:
         """Return whether this run gives the schedule: the rate is plain, or was until a run that is not this one."""
@@ -230,24 +265,24 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         return store.stopped is None and store.program == self.program.to_dict()
 
     def _give(self, model: Any, begin: int) -> None:
-        give_schedule(model.optimizer, self.program.schedule, begin)
+        give_schedule(self._trains(model), self.program.schedule, begin)
         _forget_traces(model)
 
     def _may_wait(self, model: Any) -> bool:
         """Return whether the model has yet to be built, and there is nothing to put into it."""
-        if is_built(model) or counted(model.optimizer) != self._counted:
+        if is_built(model) or counted(self._trains(model)) != self._counted:
             return False
         return not self._resume or read_point(self.directory) is None
 
     def _open(self, model: Any) -> None:
-        now = counted(model.optimizer)
-        begin = check_rate(model.optimizer, self.program.schedule).begin  # type: ignore[union-attr]  # set by now
+        now = counted(self._trains(model))
+        begin = check_rate(self._trains(model), self.program.schedule).begin  # type: ignore[union-attr]  # set by now
         at, resume = self._where(now - begin, restored=now != self._counted)
         self._follow(model, at=at, resume=resume, check_begin_at=lambda before: self._check(model, before))
 
     def _open_late(self, model: Any) -> None:
         """Open the run of a model that was built in its first execution."""
-        done, first = counted(model.optimizer) - self._counted, self.program.schedule.snapshot_steps[0]
+        done, first = counted(self._trains(model)) - self._counted, self.program.schedule.snapshot_steps[0]
         if done > first:
             raise ProtocolError(
                 f"{model.name} was built in its first execution, whose {done} updates lead past the snapshot due after "
@@ -262,14 +297,14 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
             self.directory,
             self.program,
             model,
-            model.optimizer,
+            self._trains(model),
             framework=_FRAMEWORK,
             per_call=model.steps_per_execution if known else None,
             **where,
             **self._options,
         )
         self._resume = True
-        _OPEN[self.directory.absolute()] = self
+        _OPEN[self.directory] = self
         model.stop_training |= self._run.cursor.finished
 
     def _where(self, step: int, *, restored: bool) -> tuple[Position | None, bool]:
@@ -305,13 +340,14 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
             model: what is trained.
             before: what its optimizer had counted when the run had done no update.
         """
-        given = given_schedule(model.optimizer)
+        optimizer = self._trains(model)
+        given = given_schedule(optimizer)
         if given is None:
-            check_begin(check_rate(model.optimizer, self.program.schedule), before)
+            check_begin(check_rate(optimizer, self.program.schedule), before)
         elif given.begin != before:
             self._give(model, before)
-        parts = accumulation(model.optimizer)
-        done = gradients(model.optimizer) - before * parts
+        parts = accumulation(optimizer)
+        done = gradients(optimizer) - before * parts
         due = (step * parts - done for step in self.program.schedule.snapshot_steps)
         check_epochs(tuple(each for each in due if each > 0), model.steps_per_execution, self.params["steps"])
 
@@ -329,6 +365,19 @@ class _StopFlag:
 
     def __bool__(self) -> bool:
         return self._callback._is_over()
+
+
+def _refuse_other_rates() -> None:
+    """Refuse other callbacks that set the rate, which Keras would do with a raw error after an epoch, or after many."""
+    frame = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), keras.callbacks.CallbackList):
+        frame = frame.f_back  # type: ignore[assignment]  # who calls `set_model` is the list of all callbacks
+    others = [] if frame is None else frame.f_locals["self"].callbacks
+    for each in others:
+        if isinstance(each, keras.callbacks.LearningRateScheduler | keras.callbacks.ReduceLROnPlateau):
+            raise ProtocolError(
+                f"SnapshotCallback and {type(each).__name__} would both set the learning rate: leave the latter out"
+            )
 
 
 _OPEN: dict[Path, SnapshotCallback] = {}

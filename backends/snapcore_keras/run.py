@@ -5,20 +5,22 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snapcore import Program, Schedule
-from snapcore.protocol import OptimizerState, as_program
+from snapcore import Program, ProtocolError, Schedule
+from snapcore.protocol import Event, OptimizerState, as_program
 from snapcore.run import CountedRun, Position, Recorder
 from snapcore.store import MANIFEST, Tensors
 from snapcore_keras.schedule import accumulation, check_begin, check_rate, counted, gradients, tell_accumulation
 from snapcore_keras.state import (
     Copy,
     dump_training,
+    fingerprint,
     load_training,
     load_weights,
     named_weights,
     random_state,
     reset_moments,
     set_random_state,
+    settings,
 )
 
 if TYPE_CHECKING:
@@ -110,6 +112,24 @@ class KerasRun(CountedRun):
         except BaseException:
             recorder.close(exact=False)
             raise
+        self._model, self._optimizer = model, optimizer
+        self._at_start: tuple[bytes, ...] | None = fingerprint(model.trainable_weights)
+
+    def look(self, *, unseen: int = 0) -> tuple[Event, ...]:
+        """Read the count, move the run there, and return what was due.
+
+        Raises:
+            ProtocolError: as `CountedRun.look`; or the weights have moved and the optimizer has counted nothing: it is
+                another that trains them.
+        """
+        if self._at_start is not None and self._new():
+            self._at_start = None
+        if self._at_start is not None and fingerprint(self._model.trainable_weights) != self._at_start:
+            raise ProtocolError(
+                f"the weights have moved, and {self._optimizer.name} has counted no update: pass optimizer=, the "
+                "optimizer that trains them"
+            )
+        return super().look(unseen=unseen)
 
 
 class _Source:
@@ -157,7 +177,7 @@ class _Source:
             load_training(self._model, self._optimizer, tensors)
 
     def settings(self) -> dict[str, Any]:
-        return {}
+        return settings(self._optimizer)
 
     def random_state(self) -> dict[str, Any] | None:
         return random_state()

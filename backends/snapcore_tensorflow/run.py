@@ -1,6 +1,6 @@
 """A run for a training loop of your own: it counts, sets the rate, takes the snapshots, and goes on after a kill."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -8,7 +8,7 @@ from typing import Any, Self, TypeVar
 import keras
 import tensorflow as tf
 
-from snapcore import Program, ProtocolError, Schedule
+from snapcore import Program, ProtocolError, Schedule, Snapshot
 from snapcore.protocol import as_program
 from snapcore_keras.run import FreshWeights, KerasRun
 from snapcore_keras.schedule import SnapshotSchedule, check_rate, innermost
@@ -42,6 +42,8 @@ class SnapshotRun:
         resume_every: updates between two resume points, beside those at every cycle's end.
         init: for programs with `fresh` restarts: gives a model, made in the strategy's scope, for a member number; or
             arrays by the names of a member, the same in every worker.
+        on_member: called with each snapshot as it is taken.
+        metrics: gives what to record with a member; called with its snapshot.
 
     Raises:
         StoreError: the directory holds a finished run or another program's, is being written, or cannot be written.
@@ -81,6 +83,8 @@ class SnapshotRun:
         resume: bool = True,
         resume_every: int | None = None,
         init: FreshWeights | None = None,
+        on_member: Callable[[Snapshot], object] | None = None,
+        metrics: Callable[[Snapshot], Mapping[str, float] | None] | None = None,
     ) -> None:
         _check_kinds(model, optimizer)
         cycles = as_program(cycles_or_program).schedule
@@ -96,6 +100,8 @@ class SnapshotRun:
                 resume=resume,
                 resume_every=resume_every,
                 init=init,
+                on_member=on_member,
+                metrics=metrics,
                 group=current_group(self._strategy),
                 check=None if scheduled else _refuse_several,
                 scope=self._strategy.scope,
@@ -146,11 +152,17 @@ class SnapshotRun:
         The order is exact if it depends on the random states of NumPy or Python, on a sampler's `set_epoch`, or on
         nothing. A `tf.data.Dataset` must have been made anew, as in a new process; `shuffle` with a seed is exact then.
         """
-        if self._resumed and isinstance(loader, tf.data.Dataset):
-            for _ in range(self._recorder.epochs.state_dict()["epoch"]):
-                iter(loader)  # draws the seed of an epoch that has passed
-        self._resumed = False
+        self._draw_seeds(loader)
         return self._run.batches(loader)
+
+    def epochs(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Iterator[Batch]]]:
+        """Yield each epoch's number, from 0, and its batches, until the program stops.
+
+        After a resume the first is the epoch that was under way, with the batches that are left of it. Exact as
+        `batches` is.
+        """
+        self._draw_seeds(loader)
+        return self._run.epochs_of(loader)
 
     def finish(self, reason: str) -> None:
         """End early, with an unfinished member if an update was done since the last one."""
@@ -167,6 +179,17 @@ class SnapshotRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._run.close(exact=kind is None)
+
+    def _draw_seeds(self, loader: object) -> None:
+        """After a resume, have a data set draw the seeds of the epochs that have passed."""
+        if self._resumed and _seeded(loader):
+            for _ in range(self._recorder.epochs.state_dict()["epoch"]):
+                iter(loader)  # type: ignore[call-overload]
+        self._resumed = False
+
+
+def _seeded(loader: Any) -> bool:
+    return isinstance(loader, tf.data.Dataset | tf.distribute.DistributedDataset)
 
 
 def _check_kinds(model: Any, optimizer: Any) -> None:
