@@ -38,7 +38,7 @@ class Epochs:
         self._random_state, self._set_random_state = random_state, set_random_state
         self._position: dict[str, Any] = {"epoch": 0, "batches": 0, "random": None}  # after the last batch used
         self._epoch, self._random, self._given = 0, None, 0  # where the loop is
-        self._micro = False
+        self._micro = self.settled = False  # settled: whether an update was done since this was last set to False
         self._asked: Any = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -54,6 +54,7 @@ class Epochs:
         """Count the batches given so far as used; called at every update."""
         self._position = {"epoch": self._epoch, "batches": self._given, "random": self._random}
         self._asked = None
+        self.settled = True
 
     @property
     def random_when_asked(self) -> Any:

@@ -141,7 +141,7 @@ class Recorder:
         self._closed = self._rate_differs = False
         self._rehearsed = False
         self._point_at = 0
-        self._point_random: Any = None  # of the newest point, until an update follows it
+        self._point_random: Any = None  # of the newest point
         self._saving = Saving(self._open(resume), self.directory, framework)
         self._sigterm = SigtermHandler(listen=at is None)
 
@@ -214,7 +214,6 @@ class Recorder:
         before = self.cursor.step
         if n:
             self.epochs.settle()
-            self._point_random = None
             if used_lr is not None:
                 self.check_rate(used_lr, step=before + n - 1, setter=setter)
         if 0 <= n < self.cursor.until_next:  # nearly always: nothing is due
@@ -393,7 +392,7 @@ class Recorder:
         What a loop does between an update and the next batch, such as an evaluation, may draw random numbers, and a
         resumed run does not do it again.
         """
-        if self._point_random is None or self._closed:
+        if self._point_random is None or self._closed or self.epochs.settled:
             return
         random = self._random_state()
         if any(self._group.gather(random != self._point_random)):
@@ -450,7 +449,7 @@ class Recorder:
         if dumped is None:
             return self._source.capture(), None
         tensors, values = dumped
-        self._point_at, self._point_random = self.cursor.step, random
+        self._point_at, self._point_random, self.epochs.settled = self.cursor.step, random, False
         return tensors, {
             "framework": self._framework,
             "place": self.cursor.state_dict(),

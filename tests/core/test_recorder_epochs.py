@@ -242,3 +242,19 @@ def test_a_point_that_a_later_update_has_replaced_is_not_amended(tmp_path):
         loop.recorder.position()
         assert read_point(tmp_path).state["place"]["step"] == 6
         assert read_point(tmp_path).state["processes"] != ["of another update"]
+
+
+def test_a_point_stays_as_it_was_once_an_update_is_settled_that_is_not_yet_recorded(tmp_path):
+    """As where the optimizer counts, and is asked only now and then."""
+    with Loop(tmp_path, resume_every=3) as loop:
+        for number, _ in enumerate(loop.recorder.batches(range(7)), 1):
+            loop.recorder.epochs.settle()
+            if number % 3 == 0:
+                loop.step(3)
+            loop.recorder.position()
+            random.random()
+            if number == 5:
+                break
+        data = read_point(tmp_path).state["processes"][0]["data"]
+        assert (read_point(tmp_path).state["place"]["step"], data["batches"]) == (3, 3)
+        loop.step(2)
