@@ -3,13 +3,23 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import keras
 
 from snapcore import Program, ProtocolError, Schedule
 from snapcore.protocol import Event, OptimizerState, as_program
 from snapcore.run import CountedRun, Position, Recorder
 from snapcore.store import MANIFEST, Tensors
-from snapcore_keras.schedule import accumulation, check_begin, check_rate, counted, gradients, tell_accumulation
+from snapcore_keras.schedule import (
+    accumulation,
+    check_begin,
+    check_rate,
+    counted,
+    gradients,
+    innermost,
+    set_accumulation,
+)
 from snapcore_keras.state import (
     Copy,
     dump_training,
@@ -22,10 +32,6 @@ from snapcore_keras.state import (
     set_random_state,
     settings,
 )
-
-if TYPE_CHECKING:
-    import keras
-
 
 FreshWeights = Callable[[int], "keras.Model | Tensors"]
 """Gives fresh weights for a member number: a model, or arrays by the names of a member."""
@@ -48,11 +54,14 @@ class KerasRun(CountedRun):
             Where there is nothing to resume, it is called before a run is moved aside. By default it is refused if the
             schedule does not begin there; if it is accepted, the run begins where the schedule does.
         check: as in `CountedRun`.
+        used_rate: as in `CountedRun`.
+        values: plain JSON that resume points keep; updated in place on a resume.
         scope: the strategy's, in which the model's values are read and set.
         **options: more of the recorder's.
 
     Raises:
-        ProtocolError: the program needs `init`, and it is missing; or the optimizer's schedule is not where the run is.
+        ProtocolError: the program needs `init`, and it is missing; the optimizer's schedule is not where the run is; or
+            the optimizer was built for another model.
         ScheduleError: the optimizer has another schedule.
         DataError: the model is not built, or what was saved does not fit it.
         StoreError: the directory cannot be used.
@@ -72,12 +81,15 @@ class KerasRun(CountedRun):
         per_call: int | None = None,
         check_begin_at: Callable[[int], None] | None = None,
         check: Callable[[int, int], None] | None = None,
+        used_rate: Callable[[int], tuple[float, str] | None] = lambda _: None,
+        values: dict[str, Any] | None = None,
         scope: Callable[[], AbstractContextManager[Any]] = nullcontext,
         **options: Any,
     ) -> None:
         program = as_program(cycles_or_program)
         named_weights(model)
-        tell_accumulation(optimizer)
+        _check_owned(model, optimizer)
+        set_accumulation(optimizer)
         rate = check_rate(optimizer, program.schedule)
         check_begin_at = check_begin_at or (lambda before: check_begin(rate, before))
         resumed_elsewhere = at is not None and at.step > 0
@@ -88,7 +100,7 @@ class KerasRun(CountedRun):
         recorder = Recorder(
             directory,
             program,
-            _Source(model, optimizer, init, scope),
+            _Source(model, optimizer, init, scope, {} if values is None else values),
             framework=framework,
             resume=resume,
             at=at,
@@ -104,6 +116,7 @@ class KerasRun(CountedRun):
                 accumulation=parts,
                 unfinished=lambda: gradients(optimizer) % parts if parts > 1 else 0,
                 check=check,
+                used_rate=used_rate,
             )
             before = counted(optimizer) - self.cursor.step
             check_begin_at(before)
@@ -132,6 +145,28 @@ class KerasRun(CountedRun):
         return super().look(unseen=unseen)
 
 
+def check_kinds(model: Any, optimizer: Any) -> None:
+    """Refuse what is not Keras 3's, such as a model of `tf_keras`.
+
+    Raises:
+        ProtocolError: naming the type.
+    """
+    for value, kind, name in ((model, keras.Layer, "model"), (optimizer, keras.optimizers.Optimizer, "optimizer")):
+        if not isinstance(value, kind):
+            came = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+            raise ProtocolError(f"one Keras 3 {name} is followed, got {came}: build it with `import keras`")
+
+
+def _check_owned(model: Any, optimizer: Any) -> None:
+    own = {id(variable) for variable in model.variables}
+    other = next((each for each in innermost(optimizer)._trainable_variables if id(each) not in own), None)
+    if other is not None:
+        raise ProtocolError(
+            f"{optimizer.name} was built for variables that {model.name} does not have, such as {other.path}: give a "
+            "new optimizer, or the model that has them"
+        )
+
+
 class _Source:
     """What is being trained, as the recorder sees it."""
 
@@ -141,8 +176,10 @@ class _Source:
         optimizer: Any,
         init: FreshWeights | None,
         scope: Callable[[], AbstractContextManager[Any]],
+        values: dict[str, Any],
     ) -> None:
         self._model, self._optimizer, self._init, self._scope = model, optimizer, init, scope
+        self._values = values
 
     @property
     def fresh(self) -> Callable[[int], Copy | Tensors] | None:
@@ -170,11 +207,12 @@ class _Source:
 
     def dump(self) -> tuple[Copy, dict[str, Any]]:
         with self._scope():
-            return dump_training(self._model, self._optimizer), {}
+            return dump_training(self._model, self._optimizer), dict(self._values)
 
-    def load(self, tensors: Tensors, values: dict[str, Any]) -> None:  # noqa: ARG002 - nothing but tensors
+    def load(self, tensors: Tensors, values: dict[str, Any]) -> None:
         with self._scope():
             load_training(self._model, self._optimizer, tensors)
+        self._values.update(values)
 
     def settings(self) -> dict[str, Any]:
         return settings(self._optimizer)

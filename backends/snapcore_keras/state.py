@@ -20,6 +20,8 @@ from snapcore.store import Tensors, check_fit
 from snapcore_keras.schedule import innermost
 
 _OPTIMIZER = "rest/optimizer/"
+_OTHERS = "rest/optimizers/"
+"""Of a model with more than one, such as a GAN."""
 _RANDOM = "rest/random/"
 _COUNTS = ("iteration", "learning_rate")
 """What of an optimizer is no moment: never reset."""
@@ -76,7 +78,7 @@ def fitted(variables: Mapping[str, Any], tensors: Tensors, what: str) -> list[ND
 
 
 def dump_training(model: Any, optimizer: Any) -> Copy:
-    """Return a copy of weights, optimizer, and the states of random and of stateful recurrent layers."""
+    """Return a copy of weights, optimizers, and the states of random and of stateful recurrent layers."""
     return Copy(_training(model, optimizer))
 
 
@@ -84,8 +86,16 @@ def load_training(model: Any, optimizer: Any, tensors: Tensors, what: str = "the
     """Resume from what `dump_training` copied.
 
     Raises:
-        DataError: it is not of this model and optimizer; both are left as they were.
+        DataError: it is not of this model and optimizer, or another optimizer of the model is not built; all are left as
+            they were.
     """
+    if any(name.startswith(_OTHERS) for name in tensors):
+        unbuilt = [name for name, each in _other_optimizers(model, optimizer).items() if not each.built]
+        if unbuilt:
+            raise DataError(
+                f"{what} holds more than one optimizer, and {unbuilt[0]} is not built: call {unbuilt[0]}.build(…) on its "
+                "variables first"
+            )
     _assign(_training(model, optimizer), tensors, what)
 
 
@@ -107,7 +117,7 @@ def reset_moments(model: Any, optimizer: Any) -> None:
     """Give the optimizer the moments of a new one; its count of updates stays."""
     inner = innermost(optimizer)
     fresh = type(inner).from_config(inner.get_config())
-    fresh.build(model.trainable_variables)
+    fresh.build(inner._trainable_variables)  # of a GAN, these are not all of the model's
     for own, new in zip(inner.variables, fresh.variables, strict=True):
         if own.name not in _COUNTS:
             own.assign(new.value)
@@ -142,20 +152,25 @@ def set_random_state(state: Mapping[str, Any] | None) -> None:
 
 def _training(model: Any, optimizer: Any) -> dict[str, Any]:
     weights = {id(variable) for variable in model.weights}
-    others = [variable for variable in [*model.variables, *_recurrent_states(model)] if id(variable) not in weights]
+    # What recurrent layers keep from batch to batch is not among a model's variables.
+    recurrent = [layer for layer in model._flatten_layers() if getattr(layer, "stateful", False)]
+    states = [each for layer in recurrent for each in keras.tree.flatten(layer.states)]
+    others = [
+        each for each in [*model.variables, *states] if isinstance(each, keras.Variable) and id(each) not in weights
+    ]
+    optimizers = _other_optimizers(model, optimizer).values()
     return {
         **{WEIGHTS + name: variable for name, variable in named_weights(model).items()},
         **_named(_OPTIMIZER, optimizer.variables),
+        **_named(_OTHERS, [variable for each in optimizers if each.built for variable in each.variables]),
         **_named(_RANDOM, others, model.name),
     }
 
 
-def _recurrent_states(model: Any) -> list[Any]:
-    """Return the states that recurrent layers keep from batch to batch, which are not among a model's variables."""
-    layers = [layer for layer in model._flatten_layers() if getattr(layer, "stateful", False)]
-    return [
-        state for layer in layers for state in keras.tree.flatten(layer.states) if isinstance(state, keras.Variable)
-    ]
+def _other_optimizers(model: Any, optimizer: Any) -> dict[str, Any]:
+    """Return the other optimizers that a model has as attributes."""
+    found = ((name, each) for name, each in sorted(vars(model).items()) if isinstance(each, keras.optimizers.Optimizer))
+    return {name: each for name, each in found if innermost(each) is not innermost(optimizer)}
 
 
 def _named(prefix: str, variables: Iterable[Any], owner: str = "") -> dict[str, Any]:

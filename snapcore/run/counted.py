@@ -30,6 +30,8 @@ class CountedRun:
             epoch is left to the call.
         check: called with the updates done and the calls that can account for them before they are recorded, to refuse
             what cannot be right.
+        used_rate: called with the updates done before the last one, to give the rate it was done at and who sets that
+            rate; None if it is not known.
     """
 
     def __init__(
@@ -42,9 +44,10 @@ class CountedRun:
         unfinished: Callable[[], int] = lambda: 0,
         hands_back: bool = False,
         check: Callable[[int, int], None] | None = None,
+        used_rate: Callable[[int], tuple[float, str] | None] = lambda _: None,
     ) -> None:
         self.recorder, self.cursor = recorder, recorder.cursor
-        self._read_count, self._check = read_count, check
+        self._read_count, self._check, self._used_rate = read_count, check, used_rate
         self._accumulation, self._unfinished, self._hands_back = accumulation, unfinished, hands_back
         self._closed = False
         self.begun_at: int | None = None
@@ -87,22 +90,24 @@ class CountedRun:
         new = self._new()
         if self._check is not None:
             self._check(new, self.waiting + unseen)
-        events = self.recorder.record(new, late="take")
+        used, setter = self._rate_of_the_last(new)
+        events = self.recorder.record(new, late="take", used_lr=used, setter=setter)
         self._settle(new)
         return events
 
-    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+    def batches(self, loader: Iterable[Batch], *, stateful: bool = False) -> Iterator[Batch]:
         """Yield the loader's batches until the program stops; the run is brought up to date after every epoch."""
-        return self.recorder.batches(_UpToDate(loader, self._catch_up))
+        return self.recorder.batches(_UpToDate(loader, self._catch_up), stateful=stateful)
 
-    def epochs_of(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Iterator[Batch]]]:
+    def epochs_of(self, loader: Iterable[Batch], *, stateful: bool = False) -> Iterator[tuple[int, Iterator[Batch]]]:
         """Yield (epoch, its batches) until the program stops; the run is brought up to date after every epoch."""
-        return self.recorder.epochs_of(_UpToDate(loader, self._catch_up))
+        return self.recorder.epochs_of(_UpToDate(loader, self._catch_up), stateful=stateful)
 
     def finish(self, reason: str) -> None:
         """End early, with an unfinished member if an update was done since the last one."""
         self._catch_up_at_end()
-        self.recorder.finish(reason)
+        used, setter = self._rate_of_the_last(0)
+        self.recorder.finish(reason, used_lr=used, setter=setter)
         self._settle(0)  # nothing is left to reach: the next call is looked at, and an update refused
 
     def close(self, *, exact: bool) -> None:
@@ -140,6 +145,11 @@ class CountedRun:
             )
         return count - before
 
+    def _rate_of_the_last(self, new: int) -> tuple[float | None, str]:
+        """Return the rate of the last update, the cursor still being where it was before so many new ones."""
+        step = self.cursor.step + new
+        return (self._used_rate(step - 1) if step else None) or (None, "")
+
     def _settle(self, updates: int) -> None:
         """Begin to count calls anew, the cursor having moved by so many updates."""
         if self.waiting:
@@ -156,7 +166,8 @@ class CountedRun:
         if not self._hands_back:
             self.look(unseen=1)  # an epoch's last update may have no call after it
         elif (new := self._new()) < self.cursor.until_next:
-            self.recorder.record(new)
+            used, setter = self._rate_of_the_last(new)
+            self.recorder.record(new, used_lr=used, setter=setter)
             self._settle(new)
 
     def _catch_up_at_end(self) -> None:

@@ -232,10 +232,18 @@ class Recorder:
                 self._restart(event)
         return events
 
-    def finish(self, reason: str) -> tuple[Event, ...]:
-        """End early with an unfinished member, if an update was done since the last one."""
+    def finish(self, reason: str, *, used_lr: float | None = None, setter: str = "") -> tuple[Event, ...]:
+        """End early with an unfinished member, if an update was done since the last one.
+
+        Arguments:
+            reason: recorded with the run.
+            used_lr: as for `record`.
+            setter: as for `record`.
+        """
         self._saving.check()
-        return self._take(lambda: self.cursor.finish(reason), self._metrics, None)
+        if used_lr is not None:
+            self.check_rate(used_lr, step=self.cursor.step - 1, setter=setter)
+        return self._take(lambda: self.cursor.finish(reason), self._metrics, used_lr)
 
     def check_rate(self, used: float, *, step: int, setter: str = "") -> bool:
         """Compare a rate that was used with the schedule's, and warn once if they differ.
