@@ -101,7 +101,7 @@ class KerasBackend:
         if tensors is not None:
             load_weights(state.model, tensors, "the member")
         if optimizer == "reset":
-            reset_moments(state.model, state.optimizer)
+            reset_moments(state.optimizer)
         return state
 
     def dump(self, state: KerasState) -> tuple[Copy, dict[str, Any]]:

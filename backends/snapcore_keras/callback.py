@@ -44,8 +44,8 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
     a scaled loss skips, `initial_epoch`, several calls of `fit`, and validation in between change nothing about when
     a snapshot is taken: after the last update of a cycle, the last one when training ends on it. Then training stops,
     whatever `epochs` says. An optimizer built with the matching `SnapshotSchedule` is left alone, but for the number of
-    gradients in an update, which its schedule gets from here. One with a plain rate is given the schedule, from where it
-    is; the next run, in another directory, gives it its own.
+    gradients in an update, which its schedule gets from here. One with a plain rate is given the schedule, from where
+    it is; the next run, in another directory, gives it its own.
 
     After a kill, call `fit` with a new callback for the same directory. Weights, optimizers, rate and the states of
     random and stateful recurrent layers resume exactly at the newest resume point, while Keras begins another epoch of

@@ -45,7 +45,6 @@ class KerasRun(CountedRun):
         cycles_or_program: what to walk.
         model: built.
         optimizer: its optimizer; built here if it is not.
-        framework: recorded with every member.
         resume: resume an unfinished run that is there; False moves any run aside.
         at: where a trainer that keeps checkpoints of its own is.
         init: for programs with `fresh` restarts.
@@ -55,9 +54,8 @@ class KerasRun(CountedRun):
             schedule does not begin there; if it is accepted, the run begins where the schedule does.
         check: as in `CountedRun`.
         used_rate: as in `CountedRun`.
-        values: plain JSON that resume points keep; updated in place on a resume.
         scope: the strategy's, in which the model's values are read and set.
-        **options: more of the recorder's.
+        **options: more of the recorder's, its `framework` among them.
 
     Raises:
         ProtocolError: the program needs `init`, and it is missing; the optimizer's schedule is not where the run is; or
@@ -74,7 +72,6 @@ class KerasRun(CountedRun):
         model: Any,
         optimizer: Any,
         *,
-        framework: str,
         resume: bool = True,
         at: Position | None = None,
         init: FreshWeights | None = None,
@@ -82,7 +79,6 @@ class KerasRun(CountedRun):
         check_begin_at: Callable[[int], None] | None = None,
         check: Callable[[int, int], None] | None = None,
         used_rate: Callable[[int], tuple[float, str] | None] = lambda _: None,
-        values: dict[str, Any] | None = None,
         scope: Callable[[], AbstractContextManager[Any]] = nullcontext,
         **options: Any,
     ) -> None:
@@ -97,11 +93,12 @@ class KerasRun(CountedRun):
             check_begin_at(counted(optimizer))
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
+        self.values: dict[str, Any] = {}
+        """Plain JSON that resume points keep."""
         recorder = Recorder(
             directory,
             program,
-            _Source(model, optimizer, init, scope, {} if values is None else values),
-            framework=framework,
+            _Source(model, optimizer, init, scope, self.values),
             resume=resume,
             at=at,
             **options,
@@ -203,7 +200,7 @@ class _Source:
             if tensors is not None:
                 load_weights(self._model, tensors, "a restart's member")
             if optimizer == "reset":
-                reset_moments(self._model, self._optimizer)
+                reset_moments(self._optimizer)
 
     def dump(self) -> tuple[Copy, dict[str, Any]]:
         with self._scope():

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from snapcore import DataError
 from snapcore.run import WEIGHTS
 from snapcore.store import Tensors, check_fit
-from snapcore_keras.schedule import innermost
+from snapcore_keras.schedule import counted, innermost
 
 _OPTIMIZER = "rest/optimizer/"
 _OTHERS = "rest/optimizers/"
-"""Of a model with more than one, such as a GAN."""
+"""Then the attribute: of a model with more than one, such as a GAN."""
 _RANDOM = "rest/random/"
 _COUNTS = ("iteration", "learning_rate")
 """What of an optimizer is no moment: never reset."""
@@ -79,31 +79,31 @@ def fitted(variables: Mapping[str, Any], tensors: Tensors, what: str) -> list[ND
 
 def dump_training(model: Any, optimizer: Any) -> Copy:
     """Return a copy of weights, optimizers, and the states of random and of stateful recurrent layers."""
-    return Copy(_training(model, optimizer))
+    # A model's own optimizer that its `train_step` never uses is as new: in another process it may not be built.
+    used = [name for name, each in _other_optimizers(model, optimizer).items() if each.built and counted(each)]
+    return Copy(_training(model, optimizer, used))
 
 
 def load_training(model: Any, optimizer: Any, tensors: Tensors, what: str = "the resume point") -> None:
     """Resume from what `dump_training` copied.
 
     Raises:
-        DataError: it is not of this model and optimizer, or another optimizer of the model is not built; all are left as
-            they were.
+        DataError: it is not of this model and optimizer, or another optimizer of the model is not built; all are left
+            as they were.
     """
-    if any(name.startswith(_OTHERS) for name in tensors):
-        unbuilt = [name for name, each in _other_optimizers(model, optimizer).items() if not each.built]
-        if unbuilt:
-            raise DataError(
-                f"{what} holds more than one optimizer, and {unbuilt[0]} is not built: call {unbuilt[0]}.build(…) on its "
-                "variables first"
-            )
-    _assign(_training(model, optimizer), tensors, what)
+    used = sorted({name.split("/")[2] for name in tensors if name.startswith(_OTHERS)})
+    others = _other_optimizers(model, optimizer)
+    for name in used:
+        if name not in others or not others[name].built:
+            raise DataError(f"{what} holds the model's {name} too, which is not built: call {name}.build(…) first")
+    _assign(_training(model, optimizer, used), tensors, what)
 
 
 def settings(optimizer: Any) -> dict[str, Any]:
     """Return what of an optimizer's settings is a plain value: its class, momentum and the like, but no rate."""
     inner = innermost(optimizer)
     # Not `get_config`: to describe a schedule, Keras imports TensorFlow.
-    plain = {name: value for name, value in vars(inner).items() if type(value) in (bool, int, float)}
+    plain = {name: value for name, value in vars(inner).items() if type(value) in (bool, int, float, type(None))}
     return {"optimizer": type(inner).__name__, **{name: plain[name] for name in sorted(plain) if name in _SETTINGS}}
 
 
@@ -113,7 +113,7 @@ def fingerprint(weights: Iterable[Any]) -> tuple[bytes, ...]:
     return tuple(np.asarray(each).tobytes() for each in sums)
 
 
-def reset_moments(model: Any, optimizer: Any) -> None:
+def reset_moments(optimizer: Any) -> None:
     """Give the optimizer the moments of a new one; its count of updates stays."""
     inner = innermost(optimizer)
     fresh = type(inner).from_config(inner.get_config())
@@ -150,20 +150,21 @@ def set_random_state(state: Mapping[str, Any] | None) -> None:
         torch.cuda.set_rng_state_all([_bytes(each) for each in state["cuda"]])
 
 
-def _training(model: Any, optimizer: Any) -> dict[str, Any]:
+def _training(model: Any, optimizer: Any, others: Iterable[str]) -> dict[str, Any]:
     weights = {id(variable) for variable in model.weights}
     # What recurrent layers keep from batch to batch is not among a model's variables.
     recurrent = [layer for layer in model._flatten_layers() if getattr(layer, "stateful", False)]
     states = [each for layer in recurrent for each in keras.tree.flatten(layer.states)]
-    others = [
+    rest = [
         each for each in [*model.variables, *states] if isinstance(each, keras.Variable) and id(each) not in weights
     ]
-    optimizers = _other_optimizers(model, optimizer).values()
+    known = _other_optimizers(model, optimizer)
+    moments = (_named(f"{_OTHERS}{name}/", known[name].variables) for name in others)
     return {
         **{WEIGHTS + name: variable for name, variable in named_weights(model).items()},
         **_named(_OPTIMIZER, optimizer.variables),
-        **_named(_OTHERS, [variable for each in optimizers if each.built for variable in each.variables]),
-        **_named(_RANDOM, others, model.name),
+        **{name: variable for each in moments for name, variable in each.items()},
+        **_named(_RANDOM, rest, model.name),
     }
 
 
@@ -189,7 +190,7 @@ def _assign(variables: Mapping[str, Any], tensors: Tensors, what: str) -> None:
 
 def _index(name: str) -> str:
     """Return what of a name decides: up to the number."""
-    found = re.match(r"(?:[a-z]+/)*\d+(?=/)", name)
+    found = re.match(r"(?:\w+/)*?\d+(?=/)", name)
     return found.group() if found else name
 
 

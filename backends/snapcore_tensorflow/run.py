@@ -6,7 +6,6 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 from weakref import WeakKeyDictionary
 
-import keras
 import tensorflow as tf
 
 from snapcore import Program, ProtocolError, Schedule, Snapshot
@@ -96,7 +95,6 @@ class SnapshotRun:
         cycles = as_program(cycles_or_program).schedule
         scheduled = check_rate(optimizer, cycles) is not None
         self._optimizer, self._stepping = optimizer, False
-        self._data: dict[str, Any] = {}
         self._strategy = getattr(model, "distribute_strategy", None) or tf.distribute.get_strategy()
         with self._strategy.scope():
             self._run = KerasRun(
@@ -113,7 +111,6 @@ class SnapshotRun:
                 group=current_group(self._strategy),
                 check=None if scheduled else _refuse_several,
                 used_rate=self._used_rate,
-                values=self._data,
                 scope=self._strategy.scope,
             )
         self._recorder, self._cursor = self._run.recorder, self._run.cursor
@@ -197,11 +194,12 @@ class SnapshotRun:
         self._run.close(exact=kind is None)
 
     def _used_rate(self, step: int) -> tuple[float, str] | None:
-        """Return the rate of the last update, where it is a plain one: between the update and the next rate."""
+        """Return the rate of the update after `step` others: a plain one, if that update was the last call's."""
+        every_call_an_update = step + 1 - self._cursor.step == self._run.waiting
+        if self._set_rate is None or not self._stepping or not every_call_an_update:
+            return None
         rate = innermost(self._optimizer).learning_rate
-        if self._set_rate is None or not self._stepping or rate.dtype not in (tf.float32, tf.float64):
-            return None  # the half types have but a few hundred rates
-        return float(rate), ""
+        return (float(rate), "") if rate.dtype in (tf.float32, tf.float64) else None  # half types round it
 
     def _walked(self, loader: Iterable[Batch]) -> Iterable[Batch]:
         """Return the loader, its data sets ready to draw the seed of the epoch that comes next.
@@ -213,8 +211,14 @@ class SnapshotRun:
         shuffled = [each for each in inside if _is_dataset(each) and _shuffles(each)]
         epoch, walks = self._recorder.epochs.state_dict()["epoch"], [_walks.get(each, 0) for each in shuffled]
         if not self._resumed:
-            self._data["walks"] = [done - epoch for done in walks]
-        for dataset, before, done in zip(shuffled, self._data["walks"], walks, strict=True):
+            self._run.values["walks"] = [done - epoch for done in walks]
+        saved = self._run.values.setdefault("walks", [0] * len(shuffled))
+        if len(saved) != len(shuffled):
+            raise ProtocolError(
+                f"the loader shuffles {len(shuffled)} tf.data.Datasets, and {len(saved)} when the run was saved: build "
+                "it as it was"
+            )
+        for dataset, before, done in zip(shuffled, saved, walks, strict=True):
             if done > before + epoch:
                 raise ProtocolError(
                     "the tf.data.Dataset was walked before in this process, and its shuffles cannot go back: make it "
