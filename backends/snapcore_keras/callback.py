@@ -29,6 +29,7 @@ from snapcore_keras.schedule import (
     given_schedule,
     gradients,
     has_plain_rate,
+    innermost,
     set_accumulation,
 )
 from snapcore_keras.state import fingerprint, is_built
@@ -187,7 +188,7 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         """
         if self._begun:
             self._take()
-        run, model = self._run, self.model
+        run, model = self._run, self._model  # whose variables Keras has given their values by now, on JAX too
         if run is None:
             return
         if run.waiting:  # else it was done at the boundary, for the member
@@ -196,15 +197,13 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
             if run.waiting:
                 run.look()
             run.recorder.save_point()
-        self._left = fingerprint(model.weights)
+            self._left = fingerprint(model.weights)
 
     def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002
         """Wait for the files, and raise what writing them raised; a later `fit` resumes."""
-        model = self.model
-        if self._run is None and counted(self._trains(model)) != self._counted:
-            self._open(model)  # a backup was made after the last epoch, and what was due there may not be on disk
-        # Weights that were replaced since the last update are none to resume from: the newest point is.
-        self._close(exact=self._left is None or fingerprint(model.weights) == self._left)
+        if self._run is None and counted(self._trains(self._model)) != self._counted:
+            self._open(self.model)  # a backup was made after the last epoch, and what was due there may not be on disk
+        self.close()
 
     def close(self) -> None:
         """Release the directory after a `fit` that has died; a later one resumes where this left the model.
@@ -213,15 +212,17 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
             StoreError, DivergedError: a member or the resume point could not be written or was refused.
             SystemExit, KeyboardInterrupt: after a SIGTERM or a Ctrl-C that no update has answered.
         """
-        self._close(exact=True)
-
-    def _close(self, *, exact: bool) -> None:
         run, self._run = self._run, None
-        self._left = None
+        left, self._left = self._left, None
         if run is None:
             return
         _OPEN.pop(self.directory, None)
         self._ask_no_more()
+        # Weights that were replaced since the last update are none to resume from: the newest point is.
+        if left is None:  # a `fit` that has died or was stopped: Keras puts averages in even so
+            exact = not getattr(innermost(self._model.optimizer), "use_ema", False)
+        else:
+            exact = fingerprint(self._model.weights) == left
         if run.waiting or not exact:
             run.close(exact=exact)
         else:  # what was counted has been seen; on JAX the count of a `fit` that has died may be older

@@ -1,5 +1,6 @@
 """A run for a training loop of your own: it counts, sets the rate, takes the snapshots, and resumes after a kill."""
 
+import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -225,7 +226,9 @@ class SnapshotRun:
                     "anew to resume"
                 )
             for _ in range(before + epoch - done):
-                iter(dataset)
+                batches = iter(dataset)  # which draws a seed; `repeat` draws more of them later
+                if any(type(each).__name__ == "_RepeatDataset" for each in _parts(dataset)):
+                    collections.deque(batches, maxlen=0)
                 _walks[dataset] = _walks.get(dataset, 0) + 1
         self._resumed = False
         return _Walked(loader, shuffled)
@@ -253,15 +256,19 @@ def _shuffles(dataset: Any) -> bool:
     Raises:
         ProtocolError: saying what to do.
     """
-    dataset = getattr(dataset, "_original_dataset", dataset)  # of a distributed one
-    seeds = [getattr(dataset, name, None) for name in ("_seed", "_seed2")]
-    draws = None not in seeds
-    if draws and not any(tf.get_static_value(seed) for seed in seeds):
+    shuffles = [each for each in _parts(dataset) if getattr(each, "_seed2", None) is not None]
+    if not all(tf.get_static_value(each._seed) or tf.get_static_value(each._seed2) for each in shuffles):
         raise ProtocolError(
             "the tf.data.Dataset is shuffled without a seed, so a resumed run could not draw its order again: call "
             "shuffle(…, seed=0)"
         )
-    return any([draws, *map(_shuffles, dataset._inputs())])
+    return bool(shuffles)
+
+
+def _parts(dataset: Any) -> list[Any]:
+    """Return a data set, which may be distributed, and all that it is made from."""
+    dataset = getattr(dataset, "_original_dataset", dataset)
+    return [dataset, *(part for each in dataset._inputs() for part in _parts(each))]
 
 
 def _refuse_several(updates: int, calls: int) -> None:
