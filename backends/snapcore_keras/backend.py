@@ -29,7 +29,7 @@ _EVALUATION_BATCH = 1024
 
 @dataclass
 class KerasState:
-    """What a managed run goes on with."""
+    """What a managed run continues from."""
 
     model: Any
     optimizer: Any
@@ -96,11 +96,11 @@ class KerasBackend:
         return Copy(named_weights(state.model))
 
     def restore(self, state: KerasState, tensors: Tensors | None, *, optimizer: Literal["keep", "reset"]) -> KerasState:
-        """Go on from `tensors`, the optimizer's moments kept or reset."""
+        """Continue from `tensors`, the optimizer's moments kept or reset."""
         if tensors is not None:
             load_weights(state.model, tensors, "the member")
         if optimizer == "reset":
-            reset_moments(state.model, state.optimizer)
+            reset_moments(state.optimizer)
         return state
 
     def dump(self, state: KerasState) -> tuple[Copy, dict[str, Any]]:
@@ -108,7 +108,7 @@ class KerasBackend:
         return dump_training(state.model, state.optimizer), {"seed": state.seed}
 
     def load(self, state: KerasState, tensors: Pending | Tensors, values: dict[str, Any]) -> KerasState:
-        """Go on from what `dump` returned."""
+        """Resume from what `dump` returned."""
         load_training(state.model, state.optimizer, resolved(tensors))
         state.seed = values["seed"]
         return state
@@ -141,7 +141,7 @@ def built(model: str | Factory, data: Data, seed: int, member: int, precision: s
 
 @contextmanager
 def _seeded(*parts: int) -> Iterator[None]:
-    """Seed what Keras draws the seeds of initial weights and random layers from; the caller's states are given back."""
+    """Seed what Keras draws the seeds of initial weights and random layers from; the caller's states are restored."""
     callers = random_state()
     words = np.random.SeedSequence(parts).generate_state(2)
     random.seed(int(words[0]))

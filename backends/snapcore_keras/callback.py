@@ -1,23 +1,25 @@
 """Snapshots from `model.fit`: one callback, on whichever backend Keras runs.
 
-A callback is told of batches, and Keras' own numbers for them are no counts: what counts is the optimizer. On JAX the
+Keras calls a callback for batches, and its own numbers for them are no counts: what counts is the optimizer. On JAX the
 model's variables are empty between batches, and looking at `self.model` fills them at the price of a round trip; so it
-is looked at only when calls can have led to a boundary. On JAX and PyTorch, Keras hands the ends of batches to other
-threads unless a callback asks for them in its own, and then no batch waits for the loss of the one before. So this
+is looked at only when calls can have led to a boundary. On JAX and PyTorch, Keras reports the ends of batches in other
+threads unless a callback wants them in its own, and then no batch waits for the loss of the one before. So this
 callback takes them there as well, and does its work when Keras asks after a batch, in its own thread, whether to stop.
 """
 
+import sys
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from snapcore import Program, ProtocolError, Schedule
+from snapcore import Program, ProtocolError, Schedule, Snapshot
 from snapcore.protocol import Restart, as_program
 from snapcore.run import Position, require_fresh
-from snapcore.store import MANIFEST, ResumePoint, SnapshotStore, read_point
-from snapcore_keras.run import FreshWeights, KerasRun
+from snapcore.store import MANIFEST, SnapshotStore, read_point
+from snapcore_keras.run import FreshWeights, KerasRun, check_kinds
 from snapcore_keras.schedule import (
     accumulation,
     check_begin,
@@ -27,48 +29,57 @@ from snapcore_keras.schedule import (
     given_schedule,
     gradients,
     has_plain_rate,
-    tell_accumulation,
+    innermost,
+    set_accumulation,
 )
-from snapcore_keras.state import is_built
+from snapcore_keras.state import fingerprint, is_built
 from snapcore_keras.steps_per_execution import check_cycles, check_epochs
 
 _FRAMEWORK = "keras"
 
 
 class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
-    """Take snapshots while `model.fit` trains, and go on after a kill.
+    """Take snapshots while `model.fit` trains, and resume after a kill.
 
     An update is what the optimizer counts, `optimizer.iterations`. `steps_per_execution`, gradient accumulation, what
     a scaled loss skips, `initial_epoch`, several calls of `fit`, and validation in between change nothing about when
     a snapshot is taken: after the last update of a cycle, the last one when training ends on it. Then training stops,
     whatever `epochs` says. An optimizer built with the matching `SnapshotSchedule` is left alone, but for the number of
-    gradients in an update, which the schedule is told. One with a plain rate is given the schedule, from where it is;
-    the next run, in another directory, gives it its own.
+    gradients in an update, which its schedule gets from here. One with a plain rate is given the schedule, from where
+    it is; the next run, in another directory, gives it its own.
 
-    After a kill, call `fit` with a new callback for the same directory. Weights, optimizer, rate and the states of
-    random layers go on exactly at the newest resume point, while Keras begins another epoch of data. (On PyTorch, a
-    random layer without a seed draws from PyTorch's own generators. Their states go on too, but the loaders that Keras
-    makes draw from them as well, at every epoch: such a layer goes on exactly if `fit` is given a `DataLoader` with a
-    `generator` of its own.) Beside `keras.callbacks.BackupAndRestore`, the run goes on where that has put the model:
-    members taken later are forgotten and taken again. Put this callback before it in the list: members are then on disk
-    before a backup counts on them. So it goes on, too, with a model that was loaded with its optimizer.
+    After a kill, call `fit` with a new callback for the same directory. Weights, optimizers, rate and the states of
+    random and stateful recurrent layers resume exactly at the newest resume point, while Keras begins another epoch of
+    data. (On PyTorch, a random layer without a seed draws from PyTorch's own generators. Their states are restored too,
+    but the loaders that Keras makes draw from them as well, at every epoch: such a layer is exact if `fit` is given a
+    `DataLoader` with a `generator` of its own.) Beside `keras.callbacks.BackupAndRestore`, the run resumes where that
+    has put the model: members taken later are forgotten and taken again. Put this callback before it in the list:
+    members are then on disk before a backup counts on them. A model that was loaded with its optimizer resumes alike.
 
-    A model that Keras builds in its first batch is followed from there. To go on with a run, build it before.
+    What Keras puts into the model when `fit` ends, the averages of `use_ema` or the best weights of `EarlyStopping`, is
+    no part of the run: it resumes from the weights of the last update.
+
+    A model that Keras builds in its first batch is followed from there. To resume a run, build it before.
 
     Arguments:
         directory: the run's own; created.
         cycles_or_program: a schedule, or a program from `snapcore.program`.
-        resume: go on with an unfinished run that is there; False moves any run aside, unless the model is in it.
+        resume: resume an unfinished run that is there; False moves any run aside, unless the model is in it.
         resume_every: updates between two resume points, beside those at every cycle's end.
         init: for programs with `fresh` restarts: gives a model, or arrays by name, for a member number.
+        optimizer: the one whose updates count, where it is not `model.optimizer`, as in a model with a `compile` and a
+            `train_step` of its own.
+        on_member: called with each snapshot as it is taken.
+        metrics: gives what to record with a member; called with its snapshot.
 
     Raises:
         ScheduleError: when training starts: the optimizer has another schedule, or `steps_per_execution` does not
             divide a cycle.
         ProtocolError: `cycles_or_program` is neither; the program restarts from fresh weights and `init` is missing; an
-            epoch's batches would make snapshots late; or the optimizer has counted updates that the run has not seen.
+            epoch's batches would make snapshots late; the optimizer has counted updates that the run has not seen, or
+            trains another model, or does not train this one; or another callback sets the rate.
         StoreError: the directory holds a finished run or another program's, is being written, or cannot be written.
-        DataError: the model is not built where a run is to go on, or what was saved does not fit it.
+        DataError: the model is not built where a run is to resume, or what was saved does not fit it.
 
     Example:
         >>> import tempfile, keras, numpy as np
@@ -94,13 +105,19 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         resume: bool = True,
         resume_every: int | None = None,
         init: FreshWeights | None = None,
+        optimizer: Any = None,
+        on_member: Callable[[Snapshot], object] | None = None,
+        metrics: Callable[[Snapshot], Mapping[str, float] | None] | None = None,
     ) -> None:
         super().__init__()
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()
         self.program = as_program(cycles_or_program)
         require_fresh(self.program, init)
         self._resume = resume
         self._options: dict[str, Any] = {"resume_every": resume_every, "init": init}
+        self._options |= {"on_member": on_member, "metrics": metrics}
+        self._optimizer = optimizer
+        self._left: tuple[bytes, ...] | None = None  # a fingerprint of the weights after the last epoch
         self._run: KerasRun | None = None
         self._thread = threading.get_ident()
         self._counted = 0
@@ -108,29 +125,36 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     @property
     def async_safe(self) -> bool:
-        """Whether Keras may tell of the end of a batch in another thread: not to a subclass with a hook of its own."""
+        """Whether Keras may report the end of a batch in another thread: not to a subclass with a hook of its own."""
         return type(self).on_train_batch_end is SnapshotCallback.on_train_batch_end
 
     def set_model(self, model: Any) -> None:
         """Check the optimizer and give it the schedule if it has none, before any callback restores anything."""
         super().set_model(model)
         self._thread = threading.get_ident()
-        self._close_what_was_left()
+        left = _OPEN.get(self.directory)
+        if left is not None and left._thread == self._thread:
+            left.close()  # its `fit` has died: in the thread that begins one, no other can be under way
         self._waits = self._begun = self._begins = self._notified = False
         model = self.model
-        check_cycles(self.program.schedule, model.steps_per_execution, accumulation(model.optimizer))
-        self._counted = counted(model.optimizer)
-        if self._gives(model.optimizer):
+        optimizer = self._trains(model)
+        check_kinds(model, optimizer)
+        _refuse_other_rates()
+        check_cycles(self.program.schedule, model.steps_per_execution, accumulation(optimizer))
+        self._counted = counted(optimizer)
+        if self._gives(optimizer):
             self._give(model, self._counted)
-        elif tell_accumulation(model.optimizer):
+        elif set_accumulation(optimizer):
             _forget_traces(model)
-        check_rate(model.optimizer, self.program.schedule)
+        check_rate(optimizer, self.program.schedule)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Open the run before the first batch, where the model is by now; after it, if Keras builds the model in it."""
         if self._run is None:
             model = self.model
-            self._waits = self._may_wait(model)
+            restored = counted(self._trains(model)) != self._counted
+            saved = restored or (self._resume and read_point(self.directory) is not None)
+            self._waits = not saved and not is_built(model)  # for Keras to build it: there is nothing to put into it
             if self._waits:
                 self._check(model, self._counted)
             else:
@@ -152,36 +176,55 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
             if self._begun or not self._begins:
                 self._take()
         elif not self._begins:
-            raise ProtocolError("a batch has ended in another thread, and its begin was not told: call that hook, too")
+            raise ProtocolError(
+                "a batch ended in another thread, and on_train_batch_begin was not called before: call it, too"
+            )
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
-        """Wait for the files that a backup of this epoch counts on."""
+        """Wait for the files that a backup of this epoch counts on; after the last epoch, write a resume point.
+
+        When training ends, Keras replaces the weights by their averages (`use_ema`), and `EarlyStopping` by the best
+        ones, before `on_train_end` is called. So the point to resume from is written here.
+        """
         if self._begun:
             self._take()
-        run = self._run
-        if run is not None and run.waiting:  # else it was done at the boundary, for the member
+        run, model = self._run, self._model  # whose variables Keras has given their values by now, on JAX too
+        if run is None:
+            return
+        if run.waiting:  # else it was done at the boundary, for the member
             run.recorder.position()
+        if (epoch + 1 == self.params.get("epochs") or model.stop_training) and not run.cursor.finished:
+            if run.waiting:
+                run.look()
+            run.recorder.save_point()
+            self._left = fingerprint(model.weights)
 
     def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002
-        """Wait for the files, and raise what writing them raised; a later `fit` goes on."""
-        if self._run is None and counted(self.model.optimizer) != self._counted:
+        """Wait for the files, and raise what writing them raised; a later `fit` resumes."""
+        if self._run is None and counted(self._trains(self._model)) != self._counted:
             self._open(self.model)  # a backup was made after the last epoch, and what was due there may not be on disk
         self.close()
 
     def close(self) -> None:
-        """Release the directory after a `fit` that has died; a later one goes on where this left the model.
+        """Release the directory after a `fit` that has died; a later one resumes where this left the model.
 
         Raises:
             StoreError, DivergedError: a member or the resume point could not be written or was refused.
-            SystemExit: with code 143, after a SIGTERM that no update has answered.
+            SystemExit, KeyboardInterrupt: after a SIGTERM or a Ctrl-C that no update has answered.
         """
         run, self._run = self._run, None
+        left, self._left = self._left, None
         if run is None:
             return
-        _OPEN.pop(self.directory.absolute(), None)
+        _OPEN.pop(self.directory, None)
         self._ask_no_more()
-        if run.waiting:
-            run.close(exact=True)
+        # Weights that were replaced since the last update are none to resume from: the newest point is.
+        if left is None:  # a `fit` that has died or was stopped: Keras puts averages in even so
+            exact = not getattr(innermost(self._model.optimizer), "use_ema", False)
+        else:
+            exact = fingerprint(self._model.weights) == left
+        if run.waiting or not exact:
+            run.close(exact=exact)
         else:  # what was counted has been seen; on JAX the count of a `fit` that has died may be older
             run.recorder.close()
 
@@ -191,7 +234,9 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._ask_no_more()
         if self._waits:
             self._open_late(self.model)
-        run = self._opened()
+        run = self._run
+        if run is None:
+            raise ProtocolError("no run is open: Keras calls on_epoch_begin before any batch; call it in a loop, too")
         if not run.call():
             run.recorder.record(0)  # raises what the writer has met
             return
@@ -210,44 +255,34 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if isinstance(self._model.stop_training, _StopFlag):
             self._model.stop_training = False
 
-    def _close_what_was_left(self) -> None:
-        """Close the run of a `fit` that has died: in the thread that begins one, no other can be under way."""
-        left = _OPEN.get(self.directory.absolute())
-        if left is not None and left._thread == self._thread:
-            left.close()
+    def _trains(self, model: Any) -> Any:
+        """Return the optimizer whose updates count."""
+        return model.optimizer if self._optimizer is None else self._optimizer
 
     def _gives(self, optimizer: Any) -> bool:
         """Return whether this run gives the schedule: the rate is plain, or was until a run that is not this one."""
         rate = given_schedule(optimizer)
         if rate is None:
             return has_plain_rate(optimizer)
-        return rate.cycles != self.program.schedule or not self._may_be_at(self._counted - rate.begin)
-
-    def _may_be_at(self, step: int) -> bool:
-        if not 0 < step < self.program.updates or not (self.directory / MANIFEST).exists():
-            return False
+        inside = 0 < self._counted - rate.begin < self.program.updates
+        if rate.cycles != self.program.schedule or not inside or not (self.directory / MANIFEST).exists():
+            return True
         store = SnapshotStore(self.directory)
-        return store.stopped is None and store.program == self.program.to_dict()
+        return store.stopped is not None or store.program != self.program.to_dict()
 
     def _give(self, model: Any, begin: int) -> None:
-        give_schedule(model.optimizer, self.program.schedule, begin)
+        give_schedule(self._trains(model), self.program.schedule, begin)
         _forget_traces(model)
 
-    def _may_wait(self, model: Any) -> bool:
-        """Return whether the model has yet to be built, and there is nothing to put into it."""
-        if is_built(model) or counted(model.optimizer) != self._counted:
-            return False
-        return not self._resume or read_point(self.directory) is None
-
     def _open(self, model: Any) -> None:
-        now = counted(model.optimizer)
-        begin = check_rate(model.optimizer, self.program.schedule).begin  # type: ignore[union-attr]  # set by now
+        now = counted(self._trains(model))
+        begin = check_rate(self._trains(model), self.program.schedule).begin  # type: ignore[union-attr]  # set by now
         at, resume = self._where(now - begin, restored=now != self._counted)
         self._follow(model, at=at, resume=resume, check_begin_at=lambda before: self._check(model, before))
 
     def _open_late(self, model: Any) -> None:
         """Open the run of a model that was built in its first execution."""
-        done, first = counted(model.optimizer) - self._counted, self.program.schedule.snapshot_steps[0]
+        done, first = counted(self._trains(model)) - self._counted, self.program.schedule.snapshot_steps[0]
         if done > first:
             raise ProtocolError(
                 f"{model.name} was built in its first execution, whose {done} updates lead past the snapshot due after "
@@ -262,22 +297,22 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
             self.directory,
             self.program,
             model,
-            model.optimizer,
+            self._trains(model),
             framework=_FRAMEWORK,
             per_call=model.steps_per_execution if known else None,
             **where,
             **self._options,
         )
         self._resume = True
-        _OPEN[self.directory.absolute()] = self
+        _OPEN[self.directory] = self
         model.stop_training |= self._run.cursor.finished
 
     def _where(self, step: int, *, restored: bool) -> tuple[Position | None, bool]:
-        """Return the place that the model was put at, or None to go on by points of our own; and whether to resume.
+        """Return the position that the model is at, or None to resume from a point of our own; and whether to resume.
 
         Arguments:
             step: updates that the model has behind it.
-            restored: whether another callback has put it there since training began.
+            restored: whether another callback has restored it since training began.
         """
         if step <= 0 or not (self.directory / MANIFEST).exists():
             return None, self._resume
@@ -287,38 +322,31 @@ class SnapshotCallback(keras.callbacks.Callback):  # type: ignore[misc]
         point = read_point(self.directory)
         if point is not None and (point.state["place"]["step"] == step or point.state["framework"] != _FRAMEWORK):
             return None, True
-        return self._position(step, point), True
-
-    def _position(self, step: int, point: ResumePoint | None) -> Position:
         with SnapshotStore(self.directory, "w") as store:
             indexes = [member.index for member in store.members]
             if point is not None and point.member is not None and point.member.index not in indexes:
                 store.add(point.member)  # killed between the two
             store.clear_point()
             members = tuple(member.sha256 for member in store.members if member.step <= step)
-        return Position(min(step, self.program.updates), members)
+        return Position(min(step, self.program.updates), members), True
 
     def _check(self, model: Any, before: int) -> None:
-        """Refuse a run that cannot begin here, or go on from here.
+        """Refuse a run that cannot begin here, or resume here.
 
         Arguments:
             model: what is trained.
             before: what its optimizer had counted when the run had done no update.
         """
-        given = given_schedule(model.optimizer)
+        optimizer = self._trains(model)
+        given = given_schedule(optimizer)
         if given is None:
-            check_begin(check_rate(model.optimizer, self.program.schedule), before)
+            check_begin(check_rate(optimizer, self.program.schedule), before)
         elif given.begin != before:
             self._give(model, before)
-        parts = accumulation(model.optimizer)
-        done = gradients(model.optimizer) - before * parts
+        parts = accumulation(optimizer)
+        done = gradients(optimizer) - before * parts
         due = (step * parts - done for step in self.program.schedule.snapshot_steps)
         check_epochs(tuple(each for each in due if each > 0), model.steps_per_execution, self.params["steps"])
-
-    def _opened(self) -> KerasRun:
-        if self._run is None:
-            raise ProtocolError("no run is open: Keras calls on_epoch_begin before any batch; call it in a loop, too")
-        return self._run
 
 
 class _StopFlag:
@@ -331,8 +359,21 @@ class _StopFlag:
         return self._callback._is_over()
 
 
+def _refuse_other_rates() -> None:
+    """Refuse other callbacks that set the rate, which Keras would do with a raw error after an epoch, or after many."""
+    frame = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), keras.callbacks.CallbackList):
+        frame = frame.f_back  # type: ignore[assignment]  # who calls `set_model` is the list of all callbacks
+    others = [] if frame is None else frame.f_locals["self"].callbacks
+    for each in others:
+        if isinstance(each, keras.callbacks.LearningRateScheduler | keras.callbacks.ReduceLROnPlateau):
+            raise ProtocolError(
+                f"SnapshotCallback and {type(each).__name__} would both set the learning rate: leave the latter out"
+            )
+
+
 _OPEN: dict[Path, SnapshotCallback] = {}
-"""Callbacks whose run is open, by its directory: Keras tells nobody when a `fit` dies."""
+"""Callbacks whose run is open, by its directory: Keras calls nobody when a `fit` dies."""
 
 
 def _forget_traces(model: Any) -> None:

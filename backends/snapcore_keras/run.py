@@ -3,27 +3,35 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from snapcore import Program, Schedule
-from snapcore.protocol import OptimizerState, as_program
+import keras
+
+from snapcore import Program, ProtocolError, Schedule
+from snapcore.protocol import Event, OptimizerState, as_program
 from snapcore.run import CountedRun, Position, Recorder
 from snapcore.store import MANIFEST, Tensors
-from snapcore_keras.schedule import accumulation, check_begin, check_rate, counted, gradients, tell_accumulation
+from snapcore_keras.schedule import (
+    accumulation,
+    check_begin,
+    check_rate,
+    counted,
+    gradients,
+    innermost,
+    set_accumulation,
+)
 from snapcore_keras.state import (
     Copy,
     dump_training,
+    fingerprint,
     load_training,
     load_weights,
     named_weights,
     random_state,
     reset_moments,
     set_random_state,
+    settings,
 )
-
-if TYPE_CHECKING:
-    import keras
-
 
 FreshWeights = Callable[[int], "keras.Model | Tensors"]
 """Gives fresh weights for a member number: a model, or arrays by the names of a member."""
@@ -37,7 +45,6 @@ class KerasRun(CountedRun):
         cycles_or_program: what to walk.
         model: built.
         optimizer: its optimizer; built here if it is not.
-        framework: recorded with every member.
         resume: resume an unfinished run that is there; False moves any run aside.
         at: where a trainer that keeps checkpoints of its own is.
         init: for programs with `fresh` restarts.
@@ -46,11 +53,13 @@ class KerasRun(CountedRun):
             Where there is nothing to resume, it is called before a run is moved aside. By default it is refused if the
             schedule does not begin there; if it is accepted, the run begins where the schedule does.
         check: as in `CountedRun`.
+        used_rate: as in `CountedRun`.
         scope: the strategy's, in which the model's values are read and set.
-        **options: more of the recorder's.
+        **options: more of the recorder's, its `framework` among them.
 
     Raises:
-        ProtocolError: the program needs `init`, and it is missing; or the optimizer's schedule is not where the run is.
+        ProtocolError: the program needs `init`, and it is missing; the optimizer's schedule is not where the run is; or
+            the optimizer was built for another model.
         ScheduleError: the optimizer has another schedule.
         DataError: the model is not built, or what was saved does not fit it.
         StoreError: the directory cannot be used.
@@ -63,19 +72,20 @@ class KerasRun(CountedRun):
         model: Any,
         optimizer: Any,
         *,
-        framework: str,
         resume: bool = True,
         at: Position | None = None,
         init: FreshWeights | None = None,
         per_call: int | None = None,
         check_begin_at: Callable[[int], None] | None = None,
         check: Callable[[int, int], None] | None = None,
+        used_rate: Callable[[int], tuple[float, str] | None] = lambda _: None,
         scope: Callable[[], AbstractContextManager[Any]] = nullcontext,
         **options: Any,
     ) -> None:
         program = as_program(cycles_or_program)
         named_weights(model)
-        tell_accumulation(optimizer)
+        _check_owned(model, optimizer)
+        set_accumulation(optimizer)
         rate = check_rate(optimizer, program.schedule)
         check_begin_at = check_begin_at or (lambda before: check_begin(rate, before))
         resumed_elsewhere = at is not None and at.step > 0
@@ -83,11 +93,12 @@ class KerasRun(CountedRun):
             check_begin_at(counted(optimizer))
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
+        self.values: dict[str, Any] = {}
+        """Plain JSON that resume points keep."""
         recorder = Recorder(
             directory,
             program,
-            _Source(model, optimizer, init, scope),
-            framework=framework,
+            _Source(model, optimizer, init, scope, self.values),
             resume=resume,
             at=at,
             **options,
@@ -102,6 +113,7 @@ class KerasRun(CountedRun):
                 accumulation=parts,
                 unfinished=lambda: gradients(optimizer) % parts if parts > 1 else 0,
                 check=check,
+                used_rate=used_rate,
             )
             before = counted(optimizer) - self.cursor.step
             check_begin_at(before)
@@ -110,6 +122,46 @@ class KerasRun(CountedRun):
         except BaseException:
             recorder.close(exact=False)
             raise
+        self._model, self._optimizer = model, optimizer
+        self._at_start: tuple[bytes, ...] | None = fingerprint(model.trainable_weights)
+
+    def look(self, *, unseen: int = 0) -> tuple[Event, ...]:
+        """Read the count, move the run there, and return what was due.
+
+        Raises:
+            ProtocolError: as `CountedRun.look`; or the weights have moved and the optimizer has counted nothing: it is
+                another that trains them.
+        """
+        if self._at_start is not None and self._new():
+            self._at_start = None
+        if self._at_start is not None and fingerprint(self._model.trainable_weights) != self._at_start:
+            raise ProtocolError(
+                f"the weights have moved, and {self._optimizer.name} has counted no update: pass optimizer=, the "
+                "optimizer that trains them"
+            )
+        return super().look(unseen=unseen)
+
+
+def check_kinds(model: Any, optimizer: Any) -> None:
+    """Refuse what is not Keras 3's, such as a model of `tf_keras`.
+
+    Raises:
+        ProtocolError: naming the type.
+    """
+    for value, kind, name in ((model, keras.Layer, "model"), (optimizer, keras.optimizers.Optimizer, "optimizer")):
+        if not isinstance(value, kind):
+            came = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+            raise ProtocolError(f"one Keras 3 {name} is followed, got {came}: build it with `import keras`")
+
+
+def _check_owned(model: Any, optimizer: Any) -> None:
+    own = {id(variable) for variable in model.variables}
+    other = next((each for each in innermost(optimizer)._trainable_variables if id(each) not in own), None)
+    if other is not None:
+        raise ProtocolError(
+            f"{optimizer.name} was built for variables that {model.name} does not have, such as {other.path}: give a "
+            "new optimizer, or the model that has them"
+        )
 
 
 class _Source:
@@ -121,8 +173,10 @@ class _Source:
         optimizer: Any,
         init: FreshWeights | None,
         scope: Callable[[], AbstractContextManager[Any]],
+        values: dict[str, Any],
     ) -> None:
         self._model, self._optimizer, self._init, self._scope = model, optimizer, init, scope
+        self._values = values
 
     @property
     def fresh(self) -> Callable[[int], Copy | Tensors] | None:
@@ -146,18 +200,19 @@ class _Source:
             if tensors is not None:
                 load_weights(self._model, tensors, "a restart's member")
             if optimizer == "reset":
-                reset_moments(self._model, self._optimizer)
+                reset_moments(self._optimizer)
 
     def dump(self) -> tuple[Copy, dict[str, Any]]:
         with self._scope():
-            return dump_training(self._model, self._optimizer), {}
+            return dump_training(self._model, self._optimizer), dict(self._values)
 
-    def load(self, tensors: Tensors, values: dict[str, Any]) -> None:  # noqa: ARG002 - nothing but tensors
+    def load(self, tensors: Tensors, values: dict[str, Any]) -> None:
         with self._scope():
             load_training(self._model, self._optimizer, tensors)
+        self._values.update(values)
 
     def settings(self) -> dict[str, Any]:
-        return {}
+        return settings(self._optimizer)
 
     def random_state(self) -> dict[str, Any] | None:
         return random_state()

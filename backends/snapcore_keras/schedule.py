@@ -109,7 +109,7 @@ class SnapshotSchedule(keras.optimizers.schedules.LearningRateSchedule):  # type
 
 @keras.saving.register_keras_serializable(package="snapcore")
 class GivenSchedule(SnapshotSchedule):
-    """What a run has put in the place of a plain rate, so that the next run may put another there."""
+    """What a run has given to an optimizer instead of a plain rate, so that the next run may replace it."""
 
 
 def innermost(optimizer: Any) -> Any:
@@ -140,39 +140,39 @@ def has_plain_rate(optimizer: Any) -> bool:
 
 
 def given_schedule(optimizer: Any) -> GivenSchedule | None:
-    """Return what an earlier run has put in the place of a plain rate, or None."""
+    """Return what an earlier run has given instead of a plain rate, or None."""
     rate = _rate_of(optimizer)
     return rate if isinstance(rate, GivenSchedule) else None
 
 
 def give_schedule(optimizer: Any, cycles: Schedule, begin: int) -> None:
-    """Put a schedule in the place of a plain rate; functions traced before do not see it."""
+    """Replace a plain rate by a schedule; functions traced before do not see it."""
     innermost(optimizer).learning_rate = GivenSchedule(
         cycles, begin=begin, gradient_accumulation_steps=accumulation(optimizer)
     )
 
 
-def tell_accumulation(optimizer: Any) -> bool:
-    """Tell the optimizer's `SnapshotSchedule` how many gradients make an update, unless it says so itself.
+def set_accumulation(optimizer: Any) -> bool:
+    """Have the optimizer's `SnapshotSchedule` know how many gradients make an update, unless it says so itself.
 
-    Only an optimizer that has counted no update is told: those of another would have had other rates. The schedule that
-    it was built with is left alone; the optimizer is given a copy.
+    Only for an optimizer that has counted no update: earlier ones would have had other rates. The schedule that it was
+    built with is left alone; the optimizer is given a copy.
 
     Returns:
-        Whether it was told; functions traced before do not see it.
+        Whether it was set; functions traced before do not see it.
     """
     rate, parts = _rate_of(optimizer), accumulation(optimizer)
-    untold = isinstance(rate, SnapshotSchedule) and rate.gradient_accumulation_steps is None
-    if not untold or parts == 1 or counted(optimizer):
+    unset = isinstance(rate, SnapshotSchedule) and rate.gradient_accumulation_steps is None
+    if not unset or parts == 1 or counted(optimizer):
         return False
-    told = copy.copy(rate)
-    told.gradient_accumulation_steps = parts
-    innermost(optimizer).learning_rate = told
+    own = copy.copy(rate)
+    own.gradient_accumulation_steps = parts
+    innermost(optimizer).learning_rate = own
     return True
 
 
 def check_begin(rate: SnapshotSchedule | None, before: int) -> None:
-    """Refuse a schedule that is elsewhere than the run.
+    """Refuse a schedule that does not begin where the run does.
 
     Arguments:
         rate: the optimizer's; None for a plain rate.

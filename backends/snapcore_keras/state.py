@@ -1,7 +1,7 @@
-"""A Keras model's weights by name, and all that training needs to go on.
+"""A Keras model's weights by name, and all that training needs to resume.
 
-Names of layers come from counters that the whole process shares, so a name here is the weight's place in
-`model.weights` and then, for people, its path: `000/dense/kernel`. On loading, place and shape decide.
+Names of layers come from counters that the whole process shares, so a name here is the weight's index in
+`model.weights` and then, for people, its path: `000/dense/kernel`. On loading, index and shape decide.
 """
 
 import re
@@ -17,12 +17,20 @@ from numpy.typing import NDArray
 from snapcore import DataError
 from snapcore.run import WEIGHTS
 from snapcore.store import Tensors, check_fit
-from snapcore_keras.schedule import innermost
+from snapcore_keras.schedule import counted, innermost
 
 _OPTIMIZER = "rest/optimizer/"
+_OTHERS = "rest/optimizers/"
+"""Then the attribute: of a model with more than one, such as a GAN."""
 _RANDOM = "rest/random/"
 _COUNTS = ("iteration", "learning_rate")
 """What of an optimizer is no moment: never reset."""
+_SETTINGS = frozenset(
+    (
+        *("momentum", "nesterov", "rho", "centered", "beta_1", "beta_2", "epsilon", "amsgrad", "weight_decay"),
+        *("clipnorm", "clipvalue", "global_clipnorm", "use_ema", "ema_momentum", "gradient_accumulation_steps"),
+    )
+)
 
 
 class Copy:
@@ -48,7 +56,7 @@ def named_weights(model: Any) -> dict[str, Any]:
 
 
 def load_weights(model: Any, tensors: Tensors, what: str) -> None:
-    """Give the model other weights, by place and shape.
+    """Give the model other weights, by index and shape.
 
     Raises:
         DataError: they are not this model's; it is left as it was.
@@ -57,37 +65,59 @@ def load_weights(model: Any, tensors: Tensors, what: str) -> None:
 
 
 def fitted(variables: Mapping[str, Any], tensors: Tensors, what: str) -> list[NDArray[Any]]:
-    """Return the tensors in the order of the variables, by place and shape.
+    """Return the tensors in the order of the variables, by index and shape.
 
     Raises:
         DataError: they are not what the variables hold.
     """
-    own = {_place(name): name for name in variables}
-    given = {own.get(_place(name), name): array for name, array in tensors.items()}
+    own = {_index(name): name for name in variables}
+    given = {own.get(_index(name), name): array for name, array in tensors.items()}
     shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
     check_fit({name: array.shape for name, array in given.items()}, shapes, what)
     return [given[name] for name in variables]
 
 
 def dump_training(model: Any, optimizer: Any) -> Copy:
-    """Return a copy of weights, optimizer, and the states of random layers."""
-    return Copy(_training(model, optimizer))
+    """Return a copy of weights, optimizers, and the states of random and of stateful recurrent layers."""
+    # A model's own optimizer that its `train_step` never uses is as new: in another process it may not be built.
+    used = [name for name, each in _other_optimizers(model, optimizer).items() if each.built and counted(each)]
+    return Copy(_training(model, optimizer, used))
 
 
 def load_training(model: Any, optimizer: Any, tensors: Tensors, what: str = "the resume point") -> None:
-    """Go on from what `dump_training` copied.
+    """Resume from what `dump_training` copied.
 
     Raises:
-        DataError: it is not of this model and optimizer; both are left as they were.
+        DataError: it is not of this model and optimizer, or another optimizer of the model is not built; all are left
+            as they were.
     """
-    _assign(_training(model, optimizer), tensors, what)
+    used = sorted({name.split("/")[2] for name in tensors if name.startswith(_OTHERS)})
+    others = _other_optimizers(model, optimizer)
+    for name in used:
+        if name not in others or not others[name].built:
+            raise DataError(f"{what} holds the model's {name} too, which is not built: call {name}.build(…) first")
+    _assign(_training(model, optimizer, used), tensors, what)
 
 
-def reset_moments(model: Any, optimizer: Any) -> None:
+def settings(optimizer: Any) -> dict[str, Any]:
+    """Return what of an optimizer's settings is a plain value: its class, momentum and the like, but no rate."""
+    inner = innermost(optimizer)
+    # Not `get_config`: to describe a schedule, Keras imports TensorFlow.
+    plain = {name: value for name, value in vars(inner).items() if type(value) in (bool, int, float, type(None))}
+    return {"optimizer": type(inner).__name__, **{name: plain[name] for name in sorted(plain) if name in _SETTINGS}}
+
+
+def fingerprint(weights: Iterable[Any]) -> tuple[bytes, ...]:
+    """Return a few bytes of each weight, which differ once it was changed."""
+    sums = (ops.convert_to_numpy(ops.sum(ops.cast(weight, "float32"))) for weight in weights)
+    return tuple(np.asarray(each).tobytes() for each in sums)
+
+
+def reset_moments(optimizer: Any) -> None:
     """Give the optimizer the moments of a new one; its count of updates stays."""
     inner = innermost(optimizer)
     fresh = type(inner).from_config(inner.get_config())
-    fresh.build(model.trainable_variables)
+    fresh.build(inner._trainable_variables)  # of a GAN, these are not all of the model's
     for own, new in zip(inner.variables, fresh.variables, strict=True):
         if own.name not in _COUNTS:
             own.assign(new.value)
@@ -111,7 +141,7 @@ def random_state() -> dict[str, Any] | None:
 
 
 def set_random_state(state: Mapping[str, Any] | None) -> None:
-    """Take back what `random_state` returned; nothing if the run was, or is now, on another backend."""
+    """Set what `random_state` returned; nothing if the run was, or is now, on another backend."""
     if state is None or keras.backend.backend() != "torch":
         return
     torch = sys.modules["torch"]
@@ -120,18 +150,32 @@ def set_random_state(state: Mapping[str, Any] | None) -> None:
         torch.cuda.set_rng_state_all([_bytes(each) for each in state["cuda"]])
 
 
-def _training(model: Any, optimizer: Any) -> dict[str, Any]:
+def _training(model: Any, optimizer: Any, others: Iterable[str]) -> dict[str, Any]:
     weights = {id(variable) for variable in model.weights}
-    random = [variable for variable in model.variables if id(variable) not in weights]
+    # What recurrent layers keep from batch to batch is not among a model's variables.
+    recurrent = [layer for layer in model._flatten_layers() if getattr(layer, "stateful", False)]
+    states = [each for layer in recurrent for each in keras.tree.flatten(layer.states)]
+    rest = [
+        each for each in [*model.variables, *states] if isinstance(each, keras.Variable) and id(each) not in weights
+    ]
+    known = _other_optimizers(model, optimizer)
+    moments = (_named(f"{_OTHERS}{name}/", known[name].variables) for name in others)
     return {
         **{WEIGHTS + name: variable for name, variable in named_weights(model).items()},
         **_named(_OPTIMIZER, optimizer.variables),
-        **_named(_RANDOM, random, model.name),
+        **{name: variable for each in moments for name, variable in each.items()},
+        **_named(_RANDOM, rest, model.name),
     }
 
 
+def _other_optimizers(model: Any, optimizer: Any) -> dict[str, Any]:
+    """Return the other optimizers that a model has as attributes."""
+    found = ((name, each) for name, each in sorted(vars(model).items()) if isinstance(each, keras.optimizers.Optimizer))
+    return {name: each for name, each in found if innermost(each) is not innermost(optimizer)}
+
+
 def _named(prefix: str, variables: Iterable[Any], owner: str = "") -> dict[str, Any]:
-    return {f"{prefix}{place:03d}/{_path(each, owner)}": each for place, each in enumerate(variables)}
+    return {f"{prefix}{index:03d}/{_path(each, owner)}": each for index, each in enumerate(variables)}
 
 
 def _path(variable: Any, owner: str) -> str:
@@ -144,9 +188,9 @@ def _assign(variables: Mapping[str, Any], tensors: Tensors, what: str) -> None:
         variable.assign(array)
 
 
-def _place(name: str) -> str:
+def _index(name: str) -> str:
     """Return what of a name decides: up to the number."""
-    found = re.match(r"(?:[a-z]+/)*\d+(?=/)", name)
+    found = re.match(r"(?:\w+/)*?\d+(?=/)", name)
     return found.group() if found else name
 
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class TensorFlowState(KerasState):
-    """What a managed run goes on with."""
+    """What a managed run continues from."""
 
     strategy: Any
     loop: Loop
@@ -30,8 +30,8 @@ class TensorFlowState(KerasState):
 class TensorFlowBackend(KerasBackend):
     """Train natively in TensorFlow, with a model of Keras: whole chunks of updates in one compiled call.
 
-    TensorFlow takes all memory of every GPU unless told otherwise before it is first used; making a backend tells it
-    to take what it needs. Where it has been used before, and making a strategy is such a use, its memory stays as the
+    TensorFlow takes all memory of every GPU unless memory growth is turned on before it is first used; making a backend
+    turns it on. Where TensorFlow has been used before, and making a strategy is such a use, its memory stays as the
     program has set it.
     """
 
@@ -111,7 +111,7 @@ class TensorFlowBackend(KerasBackend):
     def restore(  # type: ignore[override]
         self, state: TensorFlowState, tensors: Tensors | None, *, optimizer: Literal["keep", "reset"]
     ) -> TensorFlowState:
-        """Go on from `tensors`, the optimizer's moments kept or reset."""
+        """Continue from `tensors`, the optimizer's moments kept or reset."""
         with state.strategy.scope():
             super().restore(state, tensors, optimizer=optimizer)
         return state
@@ -119,7 +119,7 @@ class TensorFlowBackend(KerasBackend):
     def load(  # type: ignore[override]
         self, state: TensorFlowState, tensors: Pending | Tensors, values: dict[str, Any]
     ) -> TensorFlowState:
-        """Go on from what `dump` returned."""
+        """Resume from what `dump` returned."""
         with state.strategy.scope():
             super().load(state, tensors, values)
         return state

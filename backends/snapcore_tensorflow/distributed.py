@@ -1,4 +1,4 @@
-"""Several processes under `MultiWorkerMirroredStrategy`: the group they form, and what they tell each other."""
+"""Several processes under `MultiWorkerMirroredStrategy`: the group they form, and what they exchange."""
 
 import json
 from typing import Any

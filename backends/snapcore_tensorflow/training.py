@@ -1,8 +1,8 @@
 """The native loop: a chunk of updates in one call of one `tf.function`, over data that lies on the device.
 
-Every call has the same shapes: a chunk that the end cuts short is filled up, and told how many updates to do. So
+Every call has the same shapes: a chunk that the end cuts short is filled up, and gets the number of updates to do. So
 nothing is traced anew for cycles of another length, XLA has its constant shapes, and wherever a run was interrupted,
-it goes on to the same bits. Rates come from the schedule itself, and are given to the optimizer update by update.
+it resumes to the same bits. Rates come from the schedule itself, and are given to the optimizer update by update.
 """
 
 import functools
@@ -71,14 +71,14 @@ class Loop:
         return function.get_concrete_function(*map(tf.TensorSpec.from_tensor, self._numbers(0, 1)))
 
     def _updates(self, rows: Any, rates: Any, number: Any) -> Any:
-        def update(place: Any, losses: Any) -> tuple[Any, Any]:
-            self._optimizer.learning_rate = rates[place]
-            shares = self._strategy.run(self._update, args=(self._examples, self._labels, rows[place]))
-            return place + 1, losses.write(place, tf.add_n(self._strategy.experimental_local_results(shares)))
+        def update(index: Any, losses: Any) -> tuple[Any, Any]:
+            self._optimizer.learning_rate = rates[index]
+            shares = self._strategy.run(self._update, args=(self._examples, self._labels, rows[index]))
+            return index + 1, losses.write(index, tf.add_n(self._strategy.experimental_local_results(shares)))
 
         losses = tf.TensorArray(tf.float32, CHUNK, element_shape=())
         begun = tf.constant(0), losses
-        _, losses = tf.while_loop(lambda place, _: place < number, update, begun, parallel_iterations=1)
+        _, losses = tf.while_loop(lambda index, _: index < number, update, begun, parallel_iterations=1)
         return self._summed(losses.stack())
 
     def _update(self, examples: Any, labels: Any, rows: Any) -> Any:

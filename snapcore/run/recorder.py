@@ -313,6 +313,11 @@ class Recorder:
         """
         return self.epochs.epochs(loader, stateful=stateful)
 
+    def save_point(self) -> None:
+        """Write a resume point of this step now, unless there is one or nothing is left to resume."""
+        if not self.cursor.finished and self.cursor.step > self._point_at:
+            self._save_point()
+
     def close(self, *, exact: bool = True) -> None:
         """Wait for the writer, release the directory, and raise the writer's error if it has one.
 

@@ -113,6 +113,9 @@ class _Process:
     def _note(self, number: int, frame: FrameType | None) -> None:
         forked = os.getpid() != self._pid  # a data loader's worker is to die of it as ever
         new = [listener for listener in self.listeners if not listener.received]
+        if not forked and not new and number == signal.SIGINT:
+            for listener in self.listeners:  # the KeyboardInterrupt that comes now is the answer: none comes at close
+                listener.signal = None if listener.signal == number else listener.signal
         if forked or not new:
             self._hand_on(number, frame)
         for listener in new:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from keras import layers
@@ -474,7 +475,10 @@ def test_after_a_member_that_is_not_finite_the_next_fit_in_the_directory_begins_
 def test_an_end_told_in_another_thread_without_its_begin_is_refused(tmp_path):
     """A loop of one's own would go on and take nothing."""
     callback = SnapshotCallback(tmp_path / "run", SHORT)
-    with ThreadPoolExecutor() as other, pytest.raises(ProtocolError, match="its begin was not told"):
+    with (
+        ThreadPoolExecutor() as other,
+        pytest.raises(ProtocolError, match="on_train_batch_begin was not called before"),
+    ):
         other.submit(callback.on_train_batch_end, 0).result()
 
 
@@ -485,3 +489,140 @@ def test_a_subclass_that_listens_to_the_ends_of_batches_is_told_in_keras_own_thr
 
     assert SnapshotCallback(tmp_path / "run", SHORT).async_safe
     assert not Listens(tmp_path / "run", SHORT).async_safe
+
+
+class Own(keras.Model):
+    """Has a `compile` of its own and trains by the optimizer given there, as many of Keras' examples do."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+        self.built = True
+
+    def compile(self, g_optimizer):
+        super().compile()
+        self.g_optimizer = g_optimizer
+
+    def call(self, x):
+        return self.generator(x)
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.g_optimizer.scale_loss(tf.reduce_mean(tf.square(self(x) - y)))
+        self.g_optimizer.apply(tape.gradient(loss, self.generator.trainable_weights), self.generator.trainable_weights)
+        return {"loss": loss}
+
+
+def own_optimizers():
+    yield keras.optimizers.SGD(SnapshotSchedule(SHORT))
+    yield keras.optimizers.Adam(0.7)
+    yield keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(SnapshotSchedule(SHORT)), initial_scale=4.0)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_model_that_trains_by_an_optimizer_of_its_own_is_refused_after_a_batch_with_the_cure(fits, tmp_path, number):
+    model, watch = Own(), fits.Watch()
+    model.compile([*own_optimizers()][number])
+    with pytest.raises(
+        ProtocolError, match=r"weights have moved, and rm_?sprop\w* has counted no update: pass optimizer="
+    ):
+        fits.fit(model, watch, SnapshotCallback(tmp_path / "run", SHORT))
+    assert len(watch.weights) <= 1
+    assert steps(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_an_optimizer_that_is_passed_is_the_one_that_counts_and_has_the_rate(fits, tmp_path, number, formula):
+    model, watch = Own(), fits.Watch()
+    model.compile(optimizer := [*own_optimizers()][number])
+    fits.fit(model, watch, SnapshotCallback(tmp_path / "run", SHORT, optimizer=optimizer))
+    assert len(watch.weights) == 24
+    assert fits.same(fits.members(tmp_path / "run"), {step: watch.weights[step] for step in (8, 16, 24)})
+    rates = [member.lr for member in SnapshotStore(tmp_path / "run").members]
+    assert rates == pytest.approx([formula(step) for step in (7, 15, 23)])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: keras.callbacks.LearningRateScheduler(lambda epoch: 0.1),
+        lambda: keras.callbacks.ReduceLROnPlateau("loss"),
+        type("Mine", (keras.callbacks.ReduceLROnPlateau,), {}),
+    ],
+)
+@pytest.mark.parametrize("before", [False, True])
+def test_another_callback_that_sets_the_rate_is_refused_before_anything_is_done(fits, tmp_path, other, before):
+    callbacks, model = [SnapshotCallback(tmp_path / "run", SHORT)], fits.network(SHORT, 0.1)
+    callbacks.insert(0 if before else 1, other())
+    with pytest.raises(
+        ProtocolError, match=r"SnapshotCallback and \w+ would both set the learning rate: leave the latt"
+    ):
+        fits.fit(model, *callbacks)
+    assert not (tmp_path / "run").exists()
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.1)
+
+
+def test_an_optimizer_of_another_model_is_refused_before_the_first_batch(fits, tmp_path):
+    model, other, watch = fits.network(SHORT), fits.network(SHORT), fits.Watch()
+    other.optimizer.build(other.trainable_variables)
+    with pytest.raises(ProtocolError, match=r"was built for variables that .* does not have, such as"):
+        fits.fit(model, watch, SnapshotCallback(tmp_path / "run", SHORT, optimizer=other.optimizer))
+    assert not watch.weights
+    model.compile(other.optimizer, "mse")
+    with pytest.raises(ProtocolError, match=r"was built for variables that .* does not have, such as"):
+        fits.fit(model, watch, SnapshotCallback(tmp_path / "run", SHORT))
+    assert not watch.weights
+
+
+@pytest.mark.parametrize("name", ["Sequential", "Functional"])
+def test_what_another_keras_has_made_is_refused_by_its_full_name(fits, tmp_path, name):
+    other = type(name, (), {"__module__": "tf_keras.src.engine", "optimizer": None})()
+    with pytest.raises(
+        ProtocolError, match=rf"one Keras 3 model is followed, got tf_keras\.src\.engine\.{name}: build"
+    ):
+        SnapshotCallback(tmp_path / "run", SHORT).set_model(other)
+    optimizer = type(name, (), {"__module__": "tf_keras.src.optimizers"})()
+    with pytest.raises(
+        ProtocolError, match=rf"one Keras 3 optimizer is followed, got tf_keras\.src\.optimizers\.{name}"
+    ):
+        fits.fit(fits.network(SHORT), SnapshotCallback(tmp_path / "run", SHORT, optimizer=optimizer))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_weights_of_a_type_that_no_file_holds_are_refused_by_name_before_the_first_batch(fits, tmp_path, dtype):
+    class Scaled(layers.Layer):
+        def build(self, shape):
+            zeros = tf.cast(tf.zeros(3), dtype)
+            self.scale = self.add_weight(shape=(3,), dtype=dtype, initializer=lambda *_, **__: zeros, name="scale")
+            self.scale.trainable = False
+
+        def call(self, x):
+            return x
+
+    model, watch = keras.Sequential([keras.Input((4,)), Scaled(), layers.Dense(1)]), fits.Watch()
+    model.compile(keras.optimizers.SGD(SnapshotSchedule(SHORT)), "mse")
+    with pytest.raises(StoreError, match=rf"scale.*{dtype}|{dtype}.*scale"):
+        fits.fit(model, watch, SnapshotCallback(tmp_path / "run", SHORT))
+    assert not watch.weights
+
+
+@pytest.mark.parametrize("mode", ["float8", "int8"])
+def test_a_model_quantized_by_keras_is_kept_as_its_variables_are(fits, tmp_path, mode):
+    model, watch = keras.Sequential([keras.Input((4,)), layers.Dense(8), layers.Dense(1)]), fits.Watch()
+    model.layers[0].quantize(mode)
+    model.compile(keras.optimizers.SGD(SnapshotSchedule(SHORT)), "mse")
+    fits.fit(model, watch, SnapshotCallback(tmp_path / "run", SHORT))
+    store = SnapshotStore(tmp_path / "run")
+    found = {step: [array for _, array in sorted(store.load(step // 8).items())] for step in (8, 16, 24)}
+    assert fits.same(found, {step: watch.weights[step] for step in (8, 16, 24)})
+
+
+def test_a_relative_directory_is_meant_from_where_the_callback_was_made(fits, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    callback = SnapshotCallback("run", SHORT)
+    fits.fit(fits.network(SHORT), callback, At(3, lambda model: monkeypatch.chdir(tmp_path / "elsewhere")))
+    assert steps(tmp_path / "run") == [8, 16, 24]
+    assert not [*(tmp_path / "elsewhere").iterdir()]

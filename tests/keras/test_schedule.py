@@ -10,7 +10,7 @@ import pytest
 from keras import ops
 
 from snapcore import CosineCycles, CycleWarning, ProtocolError, ScheduleError, StepDecay, program
-from snapcore_keras.schedule import SnapshotSchedule, check_rate, give_schedule, given_schedule, tell_accumulation
+from snapcore_keras.schedule import SnapshotSchedule, check_rate, give_schedule, given_schedule, set_accumulation
 
 CYCLES = CosineCycles(lr=0.1, steps=60, cycles=3)
 
@@ -122,7 +122,7 @@ def test_an_optimizer_of_the_same_cycles_is_recognized_also_within_one_that_scal
 )
 def test_a_schedule_that_does_not_agree_is_refused_with_the_cure(rate, options, told):
     optimizer = keras.optimizers.SGD(rate, **options)
-    assert not tell_accumulation(optimizer)
+    assert not set_accumulation(optimizer)
     with pytest.raises(ScheduleError, match=told):
         check_rate(optimizer, CYCLES)
 
@@ -135,8 +135,8 @@ def test_a_schedule_learns_from_its_optimizer_how_many_gradients_make_an_update(
     bare = SnapshotSchedule(CYCLES, begin=2)
     optimizers = [again(keras.optimizers.SGD(bare, gradient_accumulation_steps=parts)) for parts in (2, 3)]
     for parts, optimizer in zip((2, 3), optimizers, strict=True):
-        assert tell_accumulation(optimizer)
-        assert not tell_accumulation(optimizer)
+        assert set_accumulation(optimizer)
+        assert not set_accumulation(optimizer)
         rate = check_rate(again(optimizer), CYCLES)
         expected = [CYCLES(max(0, step // parts - 2)) for step in range(12)]
         assert [float(rate(step)) for step in range(12)] == pytest.approx(expected, rel=1e-5)
@@ -147,7 +147,7 @@ def test_a_schedule_learns_from_its_optimizer_how_many_gradients_make_an_update(
 def test_a_schedule_learns_nothing_once_updates_were_counted():
     optimizer = keras.optimizers.SGD(SnapshotSchedule(CYCLES), gradient_accumulation_steps=2)
     optimizer._iterations.assign(2)
-    assert not tell_accumulation(optimizer)
+    assert not set_accumulation(optimizer)
     with pytest.raises(ScheduleError, match=r"new optimizer with .*gradient_accumulation_steps=2"):
         check_rate(optimizer, CYCLES)
 

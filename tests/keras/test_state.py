@@ -119,7 +119,7 @@ def test_moments_are_reset_to_a_new_optimizers_and_the_count_is_kept(optimizer):
     fresh = optimizer(0.05)
     fresh.build(model.trainable_variables)
     trained(model, 5)
-    reset_moments(model, model.optimizer)
+    reset_moments(model.optimizer)
     assert int(model.optimizer.iterations.numpy()) == 5
     for own, new in zip(model.optimizer.variables, fresh.variables, strict=True):
         if own.name not in ("iteration", "learning_rate"):
