@@ -1,4 +1,4 @@
-"""What happens while training goes on: the program is walked, members and resume points are taken and written.
+"""What happens during training: the program is walked, members and resume points are taken and written.
 
 The adapters and the application import from here, never from a file behind this door.
 """

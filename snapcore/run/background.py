@@ -1,4 +1,4 @@
-"""One background thread that turns a pending capture into a file while training goes on.
+"""One background thread that turns a pending capture into a file while training continues.
 
 At most one job runs and one waits, so at most two copies of the weights exist, however slow the disk.
 A job that fails stops neither the thread nor the loop: its own exception is raised in the loop's

@@ -148,7 +148,7 @@ class Epochs:
 
 
 def with_epochs(loader: object, depth: int = 4) -> list[Any]:
-    """Return what must be told the number of an epoch before it begins: a loader and its parts with `set_epoch`."""
+    """Return what is given the number of an epoch before it begins: a loader and its parts that have `set_epoch`."""
     found: list[Any] = [loader] if callable(getattr(loader, "set_epoch", None)) else []
     if depth:
         for name in _INNER:

@@ -17,7 +17,7 @@ class Group(Protocol):
         ...
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every process's value, by rank. No process goes on before all have called it."""
+        """Return every process's value, by rank. No process returns before all have called it."""
         ...
 
 

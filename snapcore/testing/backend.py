@@ -106,7 +106,7 @@ class BackendConformance:
         assert all(type(loss) is float and np.isfinite(loss) for _, loss in reports)
 
     def test_rule_09_reset_clears_the_moments_and_not_the_count(self) -> None:
-        """Rule 9: training goes on as with a new optimizer, at the rates of the steps that follow."""
+        """Rule 9: training continues as with a new optimizer, at the rates of the steps that follow."""
         backend, state = self.backend(), self._trained(6)
         new = backend.restore(self._init(), frozen(resolved(backend.capture(state))), optimizer="keep")
         reset = backend.restore(state, None, optimizer="reset")
@@ -125,7 +125,7 @@ class BackendConformance:
         assert_equal(self._weights(self._train(state, 6, 9)), self._weights(self._undisturbed()))
 
     def test_rule_11_logits_leave_the_state_alone(self) -> None:
-        """Rule 11: evaluation mode, the same answer twice, and training goes on as if nobody had looked."""
+        """Rule 11: evaluation mode, the same answer twice, and training continues as if nobody had looked."""
         backend, state = self.backend(), self._trained(6, model=self.random_model)
         data = self.data()
         first, second = backend.logits(state, data.x), backend.logits(state, data.x)

@@ -78,7 +78,7 @@ class LoopConformance(RunConformance):
     def test_rule_27_batches_come_epoch_after_epoch(self, tmp_path: Path) -> None:
         """Rule 27: and an epoch in which no update is recorded is an error, not an endless loop."""
         batches = self._batches(tmp_path / "run", range(5))
-        assert batches == [place % 5 for place in range(len(batches))]
+        assert batches == [index % 5 for index in range(len(batches))]
         subject = self.new(0, CYCLES)
         with (
             self.open(tmp_path / "other", CYCLES, subject) as run,

@@ -165,10 +165,10 @@ class RunConformance:
 
     def test_rule_04_the_manifest_says_what_each_member_is(self) -> None:
         """Rule 4: when it was due, in which cycle, at which rate its last update was done, and who wrote it."""
-        for place, member in enumerate(self._undisturbed().members):
+        for position, member in enumerate(self._undisturbed().members):
             facts = (member.index, member.cycle, member.due, member.lr, member.framework, member.unfinished)
-            due = CYCLES.snapshot_steps[place]
-            assert facts == (place + 1, place, due, CYCLES(member.step - 1), self.framework, False)
+            due = CYCLES.snapshot_steps[position]
+            assert facts == (position + 1, position, due, CYCLES(member.step - 1), self.framework, False)
 
     def test_rule_05_the_rate_of_every_update_is_the_schedules(self) -> None:
         """Rule 5: after a restart too."""
