@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -117,8 +118,12 @@ def load_states(optimizer: Optimizer, states: list[dict[str, Any]]) -> None:
     links = [[_index(group, optimizer.param_groups) for group in each.param_groups] for each in parts]
     shared = [each.param_groups is optimizer.param_groups for each in parts]
     for each, state in zip(parts, states, strict=True):
+        rates = [group.get("lr") for group in each.param_groups]
         each.load_state_dict(state)
         _restore_types(each, state)
+        for group, rate in zip(each.param_groups, rates, strict=True):
+            if isinstance(rate, Tensor):  # a compiled update or a captured graph reads the rate from this very tensor
+                group["lr"] = rate.copy_(torch.as_tensor(group["lr"]))
     for each, link, same_list in zip(parts[1:], links[1:], shared[1:], strict=True):
         for group, index in zip(each.param_groups, link, strict=True):
             optimizer.param_groups[index] = group

@@ -306,3 +306,22 @@ def test_tied_weights_are_one_array():
     arrays = Copy({"a": whole, "b": whole, "c": whole.view(6), "d": whole.view(2, 3)}).resolve()
     assert arrays["a"] is arrays["b"] is arrays["c"]
     assert arrays["a"] is not arrays["d"]
+
+
+def test_a_rate_that_is_a_tensor_is_the_same_tensor_after_a_resume(tmp_path):
+    """A compiled update, or a captured graph, reads the rate from it."""
+
+    def make():
+        model, rate = nn.Linear(3, 2), torch.tensor(0.1)
+        return model, sgd(model, lr=rate, momentum=0.9), rate
+
+    model, optimizer, rate = make()
+    with SnapshotRun(tmp_path, CYCLES, model, optimizer) as run:
+        for _ in range(5):
+            update(model, optimizer)
+            run.step()
+    model, optimizer, rate = make()
+    with SnapshotRun(tmp_path, CYCLES, model, optimizer) as run:
+        assert run.updates == 5
+        assert optimizer.param_groups[0]["lr"] is rate
+        assert rate.item() == pytest.approx(CYCLES(5))
