@@ -67,7 +67,7 @@ def within(layer):
 
 
 @keras.saving.register_keras_serializable(package="tests")
-class Subclassed(keras.Model):
+class WithLayer(keras.Model):
     def __init__(self, layer, **options):
         super().__init__(**options)
         self.first, self.out = layer, layers.Dense(3)
@@ -85,7 +85,7 @@ class Subclassed(keras.Model):
 
 def subclassed(layer):
     layer.build(X.shape)  # which Keras does in a graph otherwise
-    model = Subclassed(layer)
+    model = WithLayer(layer)
     model(X)
     return model
 
