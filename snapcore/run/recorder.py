@@ -508,8 +508,7 @@ class Recorder:
         if not received:
             return
         if self._sigterm.answer():
-            self.close()
-            self._sigterm.leave()
+            self.close()  # which leaves, since a signal was received
         elif not self.cursor.finished and self.cursor.step > self._point_at:
             self._save_point()  # other runs of this process have yet to answer
 

@@ -228,7 +228,7 @@ def test_a_refused_directory_leaves_the_handler_alone(tmp_path):
 
 def test_two_runs_of_one_process_leave_at_one_step(tmp_path):
     def train():
-        with Loop(tmp_path / "one") as one, Loop(tmp_path / "two", resume_every=5) as two:
+        with Loop(tmp_path / "one") as one, Loop(tmp_path / "two") as two:
             for loop in (one, two, one):
                 loop.step(4)
             terminate()

@@ -205,3 +205,18 @@ def test_a_program_shorter_than_its_first_look_is_rehearsed_all_the_same(tmp_pat
         loop.step()
         loop.step()
     assert counts(loop) == [(1, 1), (2, 2)]
+
+
+def test_a_resume_point_is_written_when_it_is_asked_for_and_once(tmp_path):
+    with Loop(tmp_path) as loop:
+        loop.step(5)
+        copies = loop.copies
+        loop.recorder.save_point()
+        loop.recorder.save_point()
+        assert loop.copies == copies + 1
+        loop.recorder.position()
+        assert read_point(tmp_path).state["place"]["step"] == 5
+        loop.step(15)
+        loop.recorder.finish("enough")
+        loop.recorder.save_point()
+    assert read_point(tmp_path) is None

@@ -1,5 +1,6 @@
 """What the tests of Keras share: the script that fits on a backend, as a module and as processes."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from snapcore import SnapcoreError
 
 collect_ignore = [
     "ensemble_on_a_backend.py",
@@ -30,6 +33,16 @@ def process(arguments, backend, **options):
         text=True,
         **options,
     )
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_open():
+    """Close what a `fit` that died in a test has left: an open run would be asked to answer a later test's signals."""
+    yield
+    callback = sys.modules.get("snapcore_keras.callback")
+    for left in [] if callback is None else [*callback._OPEN.values()]:
+        with contextlib.suppress(SnapcoreError):
+            left.close()
 
 
 @pytest.fixture(scope="session")

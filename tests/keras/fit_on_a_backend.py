@@ -304,6 +304,34 @@ def at_once(folder):
     return [*members(folder / "at once")]
 
 
+def ended(folder, *inside, **options):
+    """Return whether a run that ends after one epoch and after three gives the members of one that is never ended."""
+    rows = np.random.default_rng(5).normal(size=(24, 3, 2)).astype("float32")
+    for name, parts in (("whole", (4,)), ("parts", (1, 2, 1))):
+        for epochs in parts:
+            keras.utils.set_random_seed(1)
+            model = keras.Sequential(
+                [keras.Input(batch_shape=(4, 3, 2)), *(make() for make in inside), layers.Dense(1)]
+            )
+            model.compile(keras.optimizers.SGD(SnapshotSchedule(SHORT), momentum=0.9, **options), "mse")
+            callback = SnapshotCallback(folder / name, SHORT)
+            model.fit(rows, Y, batch_size=4, epochs=epochs, shuffle=False, verbose=0, callbacks=[callback])
+    return same(members(folder / "parts"), members(folder / "whole"))
+
+
+def handed_over(folder):
+    """Return the steps that a function of the user's is called with, and what is recorded with the members."""
+    steps = []
+    callback = SnapshotCallback(
+        folder,
+        SHORT,
+        on_member=lambda snapshot: steps.append(snapshot.step),
+        metrics=lambda snapshot: {"seen": float(snapshot.index)},
+    )
+    fit(network(SHORT), callback)
+    return [steps, [member.metrics for member in SnapshotStore(folder).members]]
+
+
 def main(folder):
     seen = {
         "backend": keras.backend.backend(),
@@ -318,6 +346,11 @@ def main(folder):
         "alone": alone(folder),
         "unwatched": unwatched(folder),
         "at once": at_once(folder),
+        "averages": ended(folder / "averages", layers.Flatten, use_ema=True),
+        # On PyTorch, Keras itself cannot train them.
+        "recurrent": keras.backend.backend() != "torch"
+        and ended(folder / "recurrent", lambda: layers.GRU(3, stateful=True)),
+        "handed over": handed_over(folder / "handed over"),
     }
     (folder / "seen.json").write_text(json.dumps(seen))
 

@@ -92,3 +92,18 @@ def test_a_run_that_dies_between_a_batch_and_the_next_has_its_member(seen, backe
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_training_goes_on_when_the_update_that_should_have_been_the_last_is_skipped(seen, backend):
     assert seen[backend]["unwatched"]["skips"] == [[8, 16, 24], [3, 4], 29]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_averages_that_keras_puts_in_at_the_end_are_not_resumed_from_on_any_backend(seen, backend):
+    assert seen[backend]["averages"]
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_what_recurrent_layers_keep_from_batch_to_batch_is_resumed_on_every_backend_that_trains_them(seen, backend):
+    assert seen[backend]["recurrent"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_members_are_handed_over_with_their_metrics_on_every_backend(seen, backend):
+    assert seen[backend]["handed over"] == [[8, 16, 24], [{"seen": 1.0}, {"seen": 2.0}, {"seen": 3.0}]]
