@@ -19,8 +19,8 @@ POSIX = os.name == "posix"
 # What a run directory's temporary files are called, the application's among them. Nobody else's file has such a name,
 # so that a sweep deletes what killed writers of ours have left, and nothing more.
 _TEMPORARY = re.compile(
-    r"\.tmp-(snapcore\.json|snapshot-\d{3,}\.safetensors|point\.safetensors|job\.json|history\.csv|results\.json)"
-    r"-[0-9a-f]{8}"
+    r"\.tmp-(snapcore\.json|snapshot-\d{3,}\.safetensors|point\.safetensors|job\.json|history\.csv|results\.json"
+    r"|training\.png)-[0-9a-f]{8}"
 )
 # Some network and user-space file systems cannot flush a directory, and say so with one of these.
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP)

@@ -18,6 +18,9 @@ class Numbers:
 
     fresh = None
 
+    def settings(self):
+        return {}
+
     def capture(self):
         return {"w": np.arange(4.0)}
 

@@ -67,7 +67,7 @@ def test_the_command_line_asked_to_stop_from_outside_goes_on_exactly(reference, 
 def test_a_second_sigterm_ends_a_run_that_does_not_come_back(zygote, reference, tmp_path):
     directory = tmp_path / "run"
     (tmp_path / HOLD).touch()
-    second = Fault("snapcore.run.sigterm:SigtermHandler._note", "SIGTERM", after=True)
+    second = Fault("snapcore.run.sigterm:_Process._note", "SIGTERM", after=True)
     child = zygote.start(directory, fault=second)
     wait_for(directory / POINT)
     child.send(signal.SIGTERM)

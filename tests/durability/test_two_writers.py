@@ -39,7 +39,7 @@ def test_a_second_start_takes_over_once_the_first_is_dead(zygote, reference, tmp
 
 
 def test_readers_of_a_run_that_is_being_written_see_the_members_that_are_whole(zygote, tmp_path, first):
-    for command, said in (("verify", "1 members, each as it was written"), ("inspect", "member 1: snapshot-001")):
+    for command, said in (("verify", "1 member, each as it was written"), ("inspect", "member 1: snapshot-001")):
         reader = zygote.command([command, str(tmp_path / "run")], tmp_path / command)
         finished(reader)
         assert said in reader.output
