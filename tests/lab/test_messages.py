@@ -26,6 +26,8 @@ FRAMEWORKS = {
     "steps_per_execution": "keras:Model.compile",
     "lr_scheduler_type": "transformers:TrainingArguments",
     "optimizers": "transformers:Trainer",
+    "persistent": "torch.nn:Module.register_buffer",
+    "vocabulary": "keras.layers:StringLookup",
 }
 """Arguments of others that a message names, and whose."""
 
