@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 
@@ -9,6 +10,8 @@ import pytest
 
 
 def pytest_configure(config):
+    # A process that a shell has started in the background ignores Ctrl-C, and so would all that the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput"):  # the process that started this one has looked
         return
     names = [*filter(None, os.environ.get("SNAPCORE_REQUIRE", "").split(","))]

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 from weakref import WeakKeyDictionary
 
+import keras
 import tensorflow as tf
 
 from snapcore import Program, ProtocolError, Schedule, Snapshot
@@ -200,7 +201,11 @@ class SnapshotRun:
         if self._set_rate is None or not self._stepping or not every_call_an_update:
             return None
         rate = innermost(self._optimizer).learning_rate
-        return (float(rate), "") if rate.dtype in (tf.float32, tf.float64) else None  # half types round it
+        return (
+            (float(keras.ops.convert_to_numpy(keras.ops.copy(rate))), "")
+            if rate.dtype in (tf.float32, tf.float64)
+            else None
+        )  # half types round it
 
     def _walked(self, loader: Iterable[Batch]) -> Iterable[Batch]:
         """Return the loader, its data sets ready to draw the seed of the epoch that comes next.

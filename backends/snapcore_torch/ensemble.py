@@ -69,7 +69,7 @@ class SnapshotEnsemble(nn.Module):
         ...     with SnapshotRun(folder, CosineCycles(lr=0.1, steps=64, cycles=4), model, optimizer) as run:
         ...         for x in run.batches([torch.randn(8, 4)]):
         ...             optimizer.zero_grad(); model(x).square().mean().backward(); optimizer.step()
-        ...             run.step()
+        ...             taken = run.step()
         ...     ensemble = SnapshotEnsemble.load(folder, model, last=3)
         >>> ensemble(torch.randn(5, 4)).shape, ensemble.members(torch.randn(5, 4)).shape
         (torch.Size([5, 3]), torch.Size([3, 5, 3]))

@@ -87,7 +87,7 @@ class SnapshotRun:
         ...     with SnapshotRun(folder, CosineCycles(lr=0.1, steps=64, cycles=4), model, optimizer) as run:
         ...         for x in run.batches([torch.randn(8, 4)]):
         ...             optimizer.zero_grad(); model(x).square().mean().backward(); optimizer.step()
-        ...             run.step()
+        ...             taken = run.step()
         ...     run.updates, run.finished
         (64, True)
     """

@@ -342,9 +342,9 @@ def test_what_is_no_built_keras_model_or_no_keras_optimizer_is_refused(tmp_path)
     unbuilt = keras.Sequential([keras.layers.Dense(2)])
     with pytest.raises(DataError, match="has no weights yet: build it first"):
         SnapshotRun(tmp_path / "run", CYCLES, unbuilt, sgd())
-    with pytest.raises(ProtocolError, match=r"one Keras model is followed, got .*Variable"):
+    with pytest.raises(ProtocolError, match=r"one Keras 3 model is followed, got .*Variable"):
         SnapshotRun(tmp_path / "run", CYCLES, tf.Variable(1.0), sgd())
-    with pytest.raises(ProtocolError, match="one Keras optimizer is followed, got list"):
+    with pytest.raises(ProtocolError, match="one Keras 3 optimizer is followed, got list"):
         SnapshotRun(tmp_path / "run", CYCLES, linear(), [sgd(), sgd()])
     assert not (tmp_path / "run").exists()
 
