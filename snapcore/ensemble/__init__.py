@@ -3,7 +3,9 @@
 The adapters and the application import from here, never from a file behind this door.
 """
 
-from snapcore.ensemble.combine import MemberSequence, combine, prefix_curve
+from snapcore.ensemble.cascade import Stage, fit_cascade, members_asked, run_cascade
+from snapcore.ensemble.combine import MemberSequence, combine
+from snapcore.ensemble.fitting import RunsOffError, fit_temperature, fit_weights, select
 from snapcore.ensemble.members import Directory, check_members, member_files, refuse_like, refuse_mapped
 from snapcore.ensemble.outputs import (
     ACTIVATIONS,
@@ -19,34 +21,58 @@ from snapcore.ensemble.outputs import (
     refuse_probabilities,
     softmax_axis,
 )
+from snapcore.ensemble.predictions import KINDS, Predictions
+from snapcore.ensemble.recipe import RULES, Cascade, Fitted, Recipe, as_recipe
+from snapcore.ensemble.scoring import prefix_curve, score_predictions
 from snapcore.ensemble.tuning import ROUNDS, TOLERANCE, Trial, TuningReport, check_strategy, deviation, tune
+from snapcore.ensemble.uncertainty import Uncertainty, rank_correlation, uncertainty, uncertainty_quality
 
 __all__ = [
     "ACTIVATIONS",
     "ALREADY_PROBABILITIES",
+    "KINDS",
     "ROUNDS",
+    "RULES",
     "TOLERANCE",
+    "Cascade",
     "Directory",
+    "Fitted",
     "MemberSequence",
     "Output",
+    "Predictions",
+    "Recipe",
+    "RunsOffError",
+    "Stage",
     "Trial",
     "TuningReport",
+    "Uncertainty",
     "are_probabilities",
+    "as_recipe",
     "check_activation",
     "check_members",
     "check_strategy",
     "combine",
     "deviation",
+    "fit_cascade",
+    "fit_temperature",
+    "fit_weights",
     "member_files",
+    "members_asked",
     "pick",
     "predict",
     "prefix_curve",
+    "rank_correlation",
     "reason",
     "refuse_equal_members",
     "refuse_like",
     "refuse_mapped",
     "refuse_one_output",
     "refuse_probabilities",
+    "run_cascade",
+    "score_predictions",
+    "select",
     "softmax_axis",
     "tune",
+    "uncertainty",
+    "uncertainty_quality",
 ]

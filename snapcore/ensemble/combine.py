@@ -1,8 +1,10 @@
 """How the predictions of members become one: probabilities are averaged, never weights or logits.
 
-Members arrive one at a time and are gone again before the next: whatever their number, an average
-costs one float64 array and one member. The walk goes from the last member to the first, because an
-ensemble of the last m members is then what has been summed up so far.
+Members arrive one at a time and are gone again before the next: whatever their number, an average costs one float64
+array and one member, and two arrays in log space. The walk goes from the last member to the first, because an ensemble
+of the last m members is then what has been summed up so far.
+
+In log space the mean is ln mean e^l, with the largest logarithm so far taken out of the sum: nothing underflows.
 """
 
 from collections import deque
@@ -12,9 +14,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from snapcore.ensemble.predictions import Floats, Predictions
 from snapcore.errors import DataError
-from snapcore.metrics import as_probabilities, score
+from snapcore.metrics import as_log_probabilities, as_probabilities
 
+_LOWEST = -1e300  # stands for ln 0 in sums, since −inf − (−inf) is no number
 _NO_MEMBERS = "at least one member is required, got none; was the iterator used up before?"
 
 
@@ -36,8 +40,9 @@ def combine(
     *,
     last: int | None = None,
     weights: npt.ArrayLike | None = None,
+    log: bool = False,
 ) -> npt.NDArray[Any]:
-    """Average the members' probabilities.
+    """Average the members' probabilities, or their logarithms' probabilities in log space.
 
     h = 1/m · sum_{i=0}^{m−1} h_{M−i}, with h_1 … h_M the members in `probabilities` and m = `last`; with
     `weights` w, sum_i w_i h_i / sum_i w_i over the same members. One float64 array holds the sum.
@@ -51,6 +56,9 @@ def combine(
         last: m, how many members to use, in 1..M; all by default.
         weights: one number per member used, in the members' order; finite, not negative, not all 0. Only
             their ratios count. Equal by default.
+        log: whether the members are log-probabilities, and log-probabilities are wanted: ln(sum_i w_i e^l_i / sum_i
+            w_i). `Predictions` say themselves what they hold, and need no `log`: of classes and labels the result is
+            log-probabilities, of values the mean, and of gaussian members the mixture's mean and variance.
 
     Returns:
         The shape of one member, in the members' float dtype, but float32 for anything smaller.
@@ -67,57 +75,21 @@ def combine(
         Huang, Li, Pleiss, Liu, Hopcroft, Weinberger, Snapshot Ensembles: Train 1, Get M for Free,
         ICLR 2017, section 3.
     """
-    mean = _Mean("combine")
+    if isinstance(probabilities, Predictions):
+        return _combine_predictions(probabilities, last, weights)
+    mean = LogMean("combine") if log else Mean("combine")
     if last is None and weights is None and not isinstance(probabilities, MemberSequence):
         for position, member in enumerate(probabilities):
             mean.add(member, position)
         return mean.value()
-    members = _fetchable(probabilities, last)
-    m = _check_last(len(members), last)
+    members = fetchable(probabilities, last)
+    m = check_last(len(members), last)
     for back, weight in enumerate(_relative(weights, m)[::-1], start=1):
         mean.add(members[len(members) - back], -back, float(weight))
     return mean.value()
 
 
-def prefix_curve(
-    probabilities: MemberSequence | Iterable[npt.ArrayLike], labels: npt.ArrayLike
-) -> list[dict[str, float]]:
-    """Score the ensembles of the last 1, 2, … M members, in one pass over the members.
-
-    Row m is `score(combine(probabilities, last=m), labels)`, but each member is fetched exactly once,
-    from the last to the first, so all M ensembles cost M forward passes.
-
-    Args:
-        probabilities: [members, examples, classes], or a sequence of members [examples, classes], or an
-            iterable of them; each value finite and in 0..1. A sequence may load its members on demand: one
-            at a time is held. An iterable is first read into a list, since its last member comes last.
-        labels: [examples], integers in 0..classes−1.
-
-    Returns:
-        M rows `{"m", "error", "nll", "brier", "ece"}`, m = 1 … M; error in percent, nll in nats per example.
-
-    Raises:
-        DataError: no members, members of different shapes, values that are no probabilities, labels that
-            do not fit.
-
-    Example:
-        >>> rows = prefix_curve([[[0.8, 0.2], [0.9, 0.1]], [[0.6, 0.4], [0.3, 0.7]]], [0, 1])
-        >>> [(row["m"], row["error"]) for row in rows]
-        [(1, 0.0), (2, 50.0)]
-
-    Source:
-        Huang, Li, Pleiss, Liu, Hopcroft, Weinberger, Snapshot Ensembles: Train 1, Get M for Free,
-        ICLR 2017, section 3; the curve over m is what its section 4 plots.
-    """
-    members = _fetchable(probabilities, None)
-    mean, rows = _Mean("prefix_curve"), []
-    for m in range(1, _check_last(len(members), None) + 1):
-        mean.add(members[len(members) - m], -m)
-        rows.append({"m": m, **score(mean.value(), labels)})
-    return rows
-
-
-class _Mean:
+class Mean:
     """The weighted mean of arrays that come one at a time: their sum and what it weighs."""
 
     def __init__(self, caller: str) -> None:
@@ -143,12 +115,82 @@ class _Mean:
         self._dtype = np.result_type(self._dtype, array.dtype)
 
     def value(self) -> npt.NDArray[Any]:
+        """Return the mean of what has been added."""
         if self._total is None:
             raise DataError(_NO_MEMBERS)
         return np.asarray(self._total / self._weight, dtype=self._dtype)
 
 
-def _fetchable(probabilities: MemberSequence | Iterable[npt.ArrayLike], last: int | None) -> MemberSequence:
+class LogMean(Mean):
+    """The same of logarithms: the sum of e^(l − top), with the largest of each place as `top`."""
+
+    _top: npt.NDArray[np.float64]
+
+    def add(self, member: npt.ArrayLike, position: int, weight: float = 1.0) -> None:
+        """Count one more member in; `position` is its index, for messages."""
+        array = as_log_probabilities(member, f"{self._caller} averages log-probabilities; member [{position}]")
+        logs = np.maximum(array.astype(np.float64), _LOWEST)
+        if self._total is None:
+            self._total, self._top = np.zeros(array.shape), np.full(array.shape, _LOWEST)
+        if array.shape != self._total.shape:
+            raise DataError(
+                f"members must have one shape, got {array.shape} for member [{position}] and "
+                f"{self._total.shape} before it; predict the same examples with every member"
+            )
+        if weight:
+            rise = logs - self._top
+            scale = np.exp(-np.abs(rise))
+            self._total = np.where(rise > 0, self._total * scale + weight, self._total + weight * scale)
+            np.maximum(self._top, logs, out=self._top)
+        self._weight += weight
+        self._dtype = np.result_type(self._dtype, array.dtype)
+
+    def value(self) -> npt.NDArray[Any]:
+        """Return the logarithm of the mean of what has been added."""
+        if self._total is None:
+            raise DataError(_NO_MEMBERS)
+        with np.errstate(divide="ignore"):
+            logs = self._top + np.log(self._total / self._weight)
+        return np.asarray(np.where(self._top > _LOWEST, logs, -np.inf), dtype=self._dtype)
+
+
+def _combine_predictions(
+    predictions: Predictions, last: int | None, weights: npt.ArrayLike | None
+) -> npt.NDArray[np.float32]:
+    members = fetchable(predictions, last)
+    m = check_last(len(members), last)
+    shares = np.zeros(len(predictions))
+    shares[len(predictions) - m :] = _relative(weights, m)
+    result = np.empty(predictions.shape[1:], np.float32)
+    for rows, block in predictions.blocks():
+        result[rows] = pool(predictions.kind, block, shares)
+    return result
+
+
+def pool(kind: str, block: Floats, shares: Floats) -> Floats:
+    """Return what members predict together.
+
+    Args:
+        kind: of predictions; see `Predictions`.
+        block: [members, examples, …].
+        shares: one weight per member, not negative.
+    """
+    used = np.flatnonzero(shares)
+    parts = shares[used] / shares[used].sum()
+    if kind in ("classes", "labels"):
+        logs = np.maximum(block[used], _LOWEST)
+        top = logs.max(axis=0)
+        np.exp(np.subtract(logs, top, out=logs), out=logs)
+        total = np.tensordot(parts, logs, 1)
+        return np.where(top > _LOWEST, top + np.log(total, out=total), -np.inf)
+    average: Floats = np.tensordot(parts, block[used], 1)
+    if kind == "gaussian":  # the variance of the mixture: within the members, and between them
+        average[..., 1] += np.tensordot(parts, (block[used, ..., 0] - average[..., 0]) ** 2, 1)
+    return average
+
+
+def fetchable(probabilities: MemberSequence | Iterable[npt.ArrayLike], last: int | None) -> MemberSequence:
+    """Return the members as a sequence; of an iterable the last `last` are kept."""
     if last is not None and last < 1:
         raise DataError(f"last must be at least 1, got {last}; leave it out to use all members")
     if isinstance(probabilities, MemberSequence):
@@ -156,7 +198,8 @@ def _fetchable(probabilities: MemberSequence | Iterable[npt.ArrayLike], last: in
     return deque(probabilities, maxlen=last)
 
 
-def _check_last(n_members: int, last: int | None) -> int:
+def check_last(n_members: int, last: int | None) -> int:
+    """Return how many members are used, or raise `DataError`."""
     if not n_members:
         raise DataError(_NO_MEMBERS)
     if last is not None and last > n_members:

@@ -11,7 +11,7 @@ from snapcore.store.manifest import MANIFEST, Member, new_member
 from snapcore.store.packing import pack, unpack
 from snapcore.store.resume_point import ResumePoint, read_point
 from snapcore.store.sealed import seal, unseal
-from snapcore.store.tensor_file import host_arrays, map_tensors, tied_names
+from snapcore.store.tensor_file import host_arrays, map_tensors, read_metadata, tied_names, write_tensor_file
 from snapcore.store.tensors import Tensors, check_finite, check_fit, non_finite
 
 __all__ = [
@@ -30,10 +30,12 @@ __all__ = [
     "new_member",
     "non_finite",
     "pack",
+    "read_metadata",
     "read_point",
     "read_regular",
     "seal",
     "tied_names",
     "unpack",
     "unseal",
+    "write_tensor_file",
 ]

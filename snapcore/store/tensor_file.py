@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 
 from snapcore.errors import CorruptSnapshotError, StoreError
+from snapcore.store.atomic import atomic_write
 from snapcore.store.files import open_regular
 from snapcore.store.tensors import Array, Tensors
 
@@ -232,6 +233,34 @@ def map_tensors(path: Path, *, copy: bool = False) -> dict[str, Array]:
     """
     with _existing(path), open_tensors(path, follow=True) as opened:
         return opened.read()[0] if copy else opened.map()
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file, text by name.
+
+    Raises:
+        StoreError, CorruptSnapshotError: see `open_tensors`.
+    """
+    with _existing(path), open_tensors(path, follow=True) as opened:
+        return opened.metadata
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, ArrayLike], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        StoreError: it cannot be written; what was there is unchanged.
+    """
+    arrays = host_arrays(tensors)
+    try:
+        with atomic_write(path) as temporary:
+            write_tensors(temporary, arrays, metadata)
+    except StoreError:
+        raise
+    except OSError as error:
+        size = sum(array.nbytes for array in arrays.values())
+        reason = error.strerror or error
+        raise StoreError(f"{path} could not be written, which needs {size} bytes: {reason}; choose another") from error
 
 
 def tied_names(path: Path) -> dict[str, str]:

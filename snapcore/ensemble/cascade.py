@@ -1,0 +1,188 @@
+"""Ask the members one after the other, and stop where an example is sure enough: most of an ensemble for less."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from snapcore.ensemble.combine import LogMean
+from snapcore.ensemble.fitting import RunsOffError, best_temperature
+from snapcore.ensemble.predictions import Floats, Predictions
+from snapcore.ensemble.recipe import Cascade, Recipe
+from snapcore.ensemble.scoring import tempered
+from snapcore.errors import DataError
+
+
+def fit_cascade(
+    predictions: Predictions, *, tolerance: float, rule: str = "probability", recipe: Recipe | None = None
+) -> Recipe:
+    """Find the threshold at which fewest members are asked, and the error stays within a tolerance.
+
+    Members are asked from the last to the first, and their probabilities pooled as they come; stage k has k members.
+    Each stage has a temperature of its own, fitted on the same rows: one member is more over-confident than several.
+    Every threshold that makes a difference on these rows is tried. What an example is asked:
+
+    - `"probability"`: the largest probability, at the stage's temperature, is at least the threshold;
+    - `"margin"`: its distance to the second largest is;
+    - `"interval"`: the confidence (Student's t over the members so far, two-sided) that the leading class is above the
+      second is. It takes two members at least, and SciPy.
+
+    Args:
+        predictions: of classes, [members, examples, classes], for held-out examples, with labels.
+        tolerance: by how much the error may exceed that of all members, in percentage points.
+        rule: probability, margin or interval.
+        recipe: whose weights to use; members without a weight are never asked. Equal by default.
+
+    Returns:
+        The recipe with its `cascade`.
+
+    Raises:
+        DataError: labels are missing, the kind is another, the tolerance is negative, or the rule unknown.
+
+    Source:
+        Inoue, Adaptive ensemble prediction for deep neural networks based on confidence level, AISTATS 2019;
+        Streeter, Approximation algorithms for cascading prediction models, ICML 2018.
+    """
+    if not tolerance >= 0:
+        raise DataError(f"tolerance must be at least 0 percentage points, got {tolerance}")
+    base = Recipe((1.0,) * len(predictions), members=predictions.members) if recipe is None else recipe
+    base.check(predictions)
+    _check_kind(predictions)
+    labels = predictions.labels_of(slice(None))
+    members = members_asked(base)
+    temperatures, scores, wrong = [], [], []
+    for stage in _stages(predictions, base, members):
+        try:
+            temperatures.append(best_temperature(stage.logs, labels))
+        except RunsOffError:  # as in a stage without errors, whose confidence is then left as it is
+            temperatures.append(1.0)
+        found = Cascade(rule, 1.0, (temperatures[-1],))
+        scores.append(stage.score(found, 0))
+        wrong.append(stage.logs.argmax(axis=1) != labels)
+    threshold = _cheapest(np.array(scores), np.array(wrong), tolerance)
+    return base.with_cascade(Cascade(rule, threshold, tuple(temperatures)))
+
+
+def run_cascade(predictions: Predictions, recipe: Recipe) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Give what a cascade predicts, and how many members it asks for each example.
+
+    Args:
+        predictions: of classes, of the members that the recipe is for.
+        recipe: with a cascade; see `fit_cascade`.
+
+    Returns:
+        Log-probabilities [examples, classes], each example's at the temperature of its stage; and members used
+        [examples], 1 … the members with a weight.
+
+    Raises:
+        DataError: the recipe has no cascade, or is for other members.
+    """
+    if recipe.cascade is None:
+        raise DataError("the recipe has no cascade: make one with fit_cascade")
+    recipe.check(predictions)
+    _check_kind(predictions)
+    result = np.empty(predictions.shape[1:], np.float32)
+    used = np.zeros(predictions.examples, np.int64)
+    members = members_asked(recipe)
+    for index, stage in enumerate(_stages(predictions, recipe, members)):
+        logs = tempered("classes", stage.logs, recipe.cascade.temperatures[index])
+        sure = stage.score(recipe.cascade, index) >= recipe.cascade.threshold
+        leaves = (used == 0) & (sure | (index == len(members) - 1))
+        result[leaves] = logs[leaves]
+        used[leaves] = index + 1
+    return result, used
+
+
+def members_asked(recipe: Recipe) -> list[int]:
+    """Return the indices of the members that a cascade asks, in its order."""
+    return [index for index in reversed(range(len(recipe.weights))) if recipe.weights[index]]
+
+
+class Stage:
+    """What is known of some examples after k members, for a rule to judge.
+
+    Args:
+        weights: of the members, in the order in which they come.
+    """
+
+    def __init__(self, weights: npt.ArrayLike) -> None:
+        self._weights = list(np.asarray(weights, np.float64))
+        self._mean = LogMean("cascade")
+        self._members: list[Floats] = []
+        self.logs: Floats = np.empty((0, 0))
+
+    def add(self, member: npt.NDArray[np.floating]) -> None:
+        """Take the next member's log-probabilities, [examples, classes]."""
+        logs = member.astype(np.float64)
+        self._mean.add(logs, len(self._members), self._weights[len(self._members)])
+        self._members.append(logs)
+        self.logs = self._mean.value()
+
+    def score(self, cascade: Cascade, stage: int) -> Floats:
+        """Return how sure the rule is of each example, in 0..1."""
+        pooled = np.exp(tempered("classes", self.logs, cascade.temperatures[stage]))
+        if pooled.shape[1] == 1:
+            return np.ones(len(pooled))
+        second, first = np.argsort(pooled, axis=1)[:, -2:].T
+        rows = np.arange(len(pooled))
+        if cascade.rule == "probability":
+            return np.asarray(np.minimum(pooled[rows, first], 1.0))
+        if cascade.rule == "margin":
+            return np.asarray(np.clip(pooled[rows, first] - pooled[rows, second], 0.0, 1.0))
+        return _confidence(np.array([np.exp(each[rows, first]) - np.exp(each[rows, second]) for each in self._members]))
+
+
+def _confidence(leads: Floats) -> Floats:
+    """Return the confidence that the mean of leads [members, examples] is above 0: Student's t, two-sided."""
+    from scipy.special import stdtr
+
+    count = len(leads)
+    if count < 2:
+        return np.zeros(leads.shape[1])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        statistic = leads.mean(axis=0) / (leads.std(axis=0, ddof=1) / np.sqrt(count))
+    return np.asarray(np.nan_to_num(np.clip(2 * stdtr(count - 1, statistic) - 1, 0.0, 1.0)))
+
+
+def _stages(predictions: Predictions, recipe: Recipe, members: list[int]) -> Iterator[Stage]:
+    stage = Stage([recipe.weights[index] for index in members])
+    for index in members:
+        stage.add(predictions[index])
+        yield stage
+
+
+def _cheapest(scores: Floats, wrong: npt.NDArray[np.bool_], tolerance: float) -> float:
+    """Return the lowest threshold, in 0..1, whose error on [stages, examples] is within the tolerance.
+
+    An example leaves at the first stage whose score is at least the threshold, so as the threshold rises past the
+    largest score so far, it moves on to the stage that beats it. Only these thresholds matter; costs rise with
+    them.
+    """
+    n_stages, n_examples = scores.shape
+    # +1 or −1 where an example's answer becomes wrong or right as the threshold rises past `at`
+    at, change = [np.zeros(1)], [np.array([float(wrong[0].sum())])]
+    reached, here = scores[0].copy(), wrong[0].copy()
+    for stage in range(1, n_stages):
+        # the last stage takes all that is left, whatever its score
+        moved = np.ones(n_examples, bool) if stage == n_stages - 1 else scores[stage] > reached
+        at.append(reached[moved])
+        change.append(wrong[stage][moved].astype(float) - here[moved])
+        here = np.where(moved, wrong[stage], here)
+        reached = np.maximum(reached, scores[stage])
+    order = np.argsort(np.concatenate(at), kind="stable")
+    places, errors = np.concatenate(at)[order], np.cumsum(np.concatenate(change)[order])
+    allowed = wrong[-1].sum() + tolerance * n_examples / 100 + 1e-9
+    last_of_equal = np.append(places[1:] > places[:-1], True)
+    fits = last_of_equal & (errors <= allowed)
+    first = int(np.flatnonzero(fits)[0])
+    # just above the scores that must move on; 1 asks all members of all but the surest examples
+    above = places[first + 1] if first + 1 < len(places) else 1.0
+    return float(np.clip((places[first] + above) / 2 if first else 0.0, 0.0, 1.0))
+
+
+def _check_kind(predictions: Predictions) -> None:
+    if predictions.kind != "classes" or len(predictions.shape) != 3:
+        raise DataError(
+            f"a cascade is for classes, [members, examples, classes], got kind {predictions.kind!r}, shape "
+            f"{predictions.shape}"
+        )
