@@ -3,7 +3,7 @@
 The adapters and the application import from here, never from a file behind this door.
 """
 
-from snapcore.ensemble.cascade import Stage, fit_cascade, members_asked, run_cascade
+from snapcore.ensemble.cascade import cascade_batch, fit_cascade, run_cascade
 from snapcore.ensemble.combine import MemberSequence, combine
 from snapcore.ensemble.fitting import RunsOffError, fit_temperature, fit_weights, select
 from snapcore.ensemble.members import Directory, check_members, member_files, refuse_like, refuse_mapped
@@ -42,12 +42,12 @@ __all__ = [
     "Predictions",
     "Recipe",
     "RunsOffError",
-    "Stage",
     "Trial",
     "TuningReport",
     "Uncertainty",
     "are_probabilities",
     "as_recipe",
+    "cascade_batch",
     "check_activation",
     "check_members",
     "check_strategy",
@@ -57,7 +57,6 @@ __all__ = [
     "fit_temperature",
     "fit_weights",
     "member_files",
-    "members_asked",
     "pick",
     "predict",
     "prefix_curve",

@@ -1,6 +1,6 @@
 """Ask the members one after the other, and stop where an example is sure enough: most of an ensemble for less."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -77,20 +77,57 @@ def run_cascade(predictions: Predictions, recipe: Recipe) -> tuple[npt.NDArray[n
     Raises:
         DataError: the recipe has no cascade, or is for other members.
     """
-    if recipe.cascade is None:
-        raise DataError("the recipe has no cascade: make one with fit_cascade")
     recipe.check(predictions)
     _check_kind(predictions)
-    result = np.empty(predictions.shape[1:], np.float32)
-    used = np.zeros(predictions.examples, np.int64)
-    members = members_asked(recipe)
-    for index, stage in enumerate(_stages(predictions, recipe, members)):
-        logs = tempered("classes", stage.logs, recipe.cascade.temperatures[index])
-        sure = stage.score(recipe.cascade, index) >= recipe.cascade.threshold
-        leaves = (used == 0) & (sure | (index == len(members) - 1))
-        result[leaves] = logs[leaves]
-        used[leaves] = index + 1
+    return cascade_batch(lambda index, rows: predictions[index][rows], predictions.examples, recipe)
+
+
+def cascade_batch(
+    ask: Callable[[int, npt.NDArray[np.int64]], npt.NDArray[np.floating]],
+    examples: int,
+    recipe: Recipe,
+    *,
+    bucketed: bool = False,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Run a cascade on one batch: each member sees only the examples that are left.
+
+    Args:
+        ask: from a member's index and positions of examples to its log-probabilities for them, [positions, classes].
+        examples: how many there are.
+        recipe: with a cascade.
+        bucketed: whether positions are repeated until they are as many as the batch, or its half, quarter, eighth or
+            sixteenth: a compiler sees five shapes at most.
+
+    Returns:
+        As `run_cascade`.
+
+    Raises:
+        DataError: the recipe has no cascade.
+    """
+    if recipe.cascade is None:
+        raise DataError("the recipe has no cascade: make one with fit_cascade")
+    members, rule = members_asked(recipe), recipe.cascade
+    stage, rows = Stage([recipe.weights[index] for index in members]), np.arange(examples)
+    result, used = np.empty((0, 0), np.float32), np.zeros(examples, np.int64)
+    for position, index in enumerate(members):
+        asked = np.resize(rows, _bucket(len(rows), examples)) if bucketed else rows
+        stage.add(np.asarray(ask(index, asked))[: len(rows)])
+        logs = tempered("classes", stage.logs, rule.temperatures[position])
+        if not position:
+            result = np.empty(logs.shape, np.float32)
+        leaves = (stage.score(rule, position) >= rule.threshold) | (position == len(members) - 1)
+        result[rows[leaves]] = logs[leaves]
+        used[rows[leaves]] = position + 1
+        stage.keep(~leaves)
+        rows = rows[~leaves]
+        if not rows.size:
+            break
     return result, used
+
+
+def _bucket(left: int, examples: int) -> int:
+    """Return the smallest of the batch's halves, down to its sixteenth, that holds what is left."""
+    return next(size for size in (-(-examples // 2**power) for power in range(4, -1, -1)) if size >= left)
 
 
 def members_asked(recipe: Recipe) -> list[int]:
@@ -117,6 +154,12 @@ class Stage:
         self._mean.add(logs, len(self._members), self._weights[len(self._members)])
         self._members.append(logs)
         self.logs = self._mean.value()
+
+    def keep(self, rows: npt.NDArray[np.bool_]) -> None:
+        """Forget the other examples."""
+        self._mean.keep(rows)
+        self._members = [member[rows] for member in self._members]
+        self.logs = self.logs[rows]
 
     def score(self, cascade: Cascade, stage: int) -> Floats:
         """Return how sure the rule is of each example, in 0..1."""

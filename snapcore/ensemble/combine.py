@@ -145,6 +145,11 @@ class LogMean(Mean):
         self._weight += weight
         self._dtype = np.result_type(self._dtype, array.dtype)
 
+    def keep(self, rows: npt.NDArray[np.bool_]) -> None:
+        """Forget the other examples."""
+        if self._total is not None:
+            self._total, self._top = self._total[rows], self._top[rows]
+
     def value(self) -> npt.NDArray[Any]:
         """Return the logarithm of the mean of what has been added."""
         if self._total is None:

@@ -120,7 +120,8 @@ def rank_correlation(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
         ranks.append((np.cumsum(sizes) - (sizes - 1) / 2)[inverse.ravel()])
     if min(np.ptp(each) for each in ranks) == 0:
         return float("nan")
-    return round(float(np.corrcoef(np.array(ranks))[0, 1]), 12)
+    one, other = (each - each.mean() for each in ranks)
+    return round(float(one @ other / np.sqrt((one @ one) * (other @ other))), 12)
 
 
 def _of_block(kind: str, block: Floats, shares: Floats) -> Uncertainty:
