@@ -5,7 +5,7 @@ The adapters and the application import from here, never from a file behind this
 
 from snapcore.ensemble.cascade import cascade_batch, fit_cascade, run_cascade
 from snapcore.ensemble.combine import MemberSequence, combine
-from snapcore.ensemble.fitting import RunsOffError, fit_temperature, fit_weights, select
+from snapcore.ensemble.fitting import FEW, RunsOffError, fit_temperature, fit_weights, select
 from snapcore.ensemble.members import Directory, check_members, member_files, refuse_like, refuse_mapped
 from snapcore.ensemble.outputs import (
     ACTIVATIONS,
@@ -30,6 +30,7 @@ from snapcore.ensemble.uncertainty import Uncertainty, rank_correlation, uncerta
 __all__ = [
     "ACTIVATIONS",
     "ALREADY_PROBABILITIES",
+    "FEW",
     "KINDS",
     "ROUNDS",
     "RULES",

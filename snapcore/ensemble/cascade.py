@@ -127,7 +127,8 @@ def cascade_batch(
 
 def _bucket(left: int, examples: int) -> int:
     """Return the smallest of the batch's halves, down to its sixteenth, that holds what is left."""
-    return next(size for size in (-(-examples // 2**power) for power in range(4, -1, -1)) if size >= left)
+    sizes = [-(-examples // 2**power) for power in range(4, -1, -1)]
+    return next(size for size in sizes if size >= left)
 
 
 def members_asked(recipe: Recipe) -> list[int]:

@@ -34,12 +34,14 @@ class Fitted:
             without a temperature; None where it cannot be told.
         how: `"in-sample"`, on the rows that it was fitted on; or `"2-fold, 5 times"`, each half of the examples by what
             was fitted on the other, where there are fewer than 500 examples.
+        test: the same on test data, where that was asked; nothing is fitted on it.
     """
 
     rows: int
     split: str | None = None
     gain: float | None = None
     how: str = "in-sample"
+    test: float | None = None
 
 
 @dataclass(frozen=True)

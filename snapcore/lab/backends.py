@@ -11,6 +11,7 @@ from typing import Any
 from snapcore.backend import Backend, available_backends, load_backend
 from snapcore.errors import BackendNotFoundError
 
+_STARTED: dict[str, Backend[Any]] = {}
 _PREFERRED = ("torch", "jax", "tensorflow", "keras")
 # How TensorFlow's C++ notes what it found, before its own setting of a level is read.
 _NOTE = re.compile(rb"WARNING: All log messages before absl::InitializeLog|[IW]\d{4} \d\d:\d\d:\d\d")
@@ -23,7 +24,8 @@ def start_backend(name: str) -> Backend[Any]:
         BackendNotFoundError: there is none, or its framework is not installed.
     """
     with _without_notes():
-        return load_backend(name)
+        _STARTED[name] = load_backend(name)
+    return _STARTED[name]
 
 
 def first_backend() -> tuple[str, Backend[Any]]:
@@ -42,9 +44,12 @@ def first_backend() -> tuple[str, Backend[Any]]:
     raise BackendNotFoundError("no framework is installed: pip install 'snapcore[torch]'")
 
 
-def threads_of(backend: Backend[Any]) -> int:
-    """Return how many CPU threads a backend computes with: what it says, or all that this process may use."""
-    said: Callable[[], int | None] | None = getattr(backend, "threads", None)
+def threads_of(name: str) -> int:
+    """Return how many CPU threads a backend computes with: what it says, or all that this process may use.
+
+    One that has not been started has computed nothing here, and is not started for this.
+    """
+    said: Callable[[], int | None] | None = getattr(_STARTED.get(name), "threads", None)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return (said() if said else None) or usable
 

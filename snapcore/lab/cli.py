@@ -1,4 +1,4 @@
-"""The command line: `snapcore train | evaluate | inspect | verify | schedule | backends`."""
+"""The command line: `snapcore train | predict | select | evaluate | inspect | verify | schedule | backends`."""
 
 import itertools
 import sys
@@ -11,14 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from snapcore.backend import available_backends
+from snapcore.ensemble import RULES
 from snapcore.errors import BackendNotFoundError, SnapcoreError
 from snapcore.lab.backends import first_backend, start_backend
-from snapcore.lab.describe import describe_run, describe_schedule, faults
+from snapcore.lab.describe import describe_recipe, describe_run, describe_schedule, faults
 from snapcore.lab.display import Display
+from snapcore.lab.evaluate import WAYS, keep_predictions, select_members, write_results
 from snapcore.lab.evaluate import evaluate as evaluate_runs
-from snapcore.lab.evaluate import write_results
 from snapcore.lab.job import Job, plan
-from snapcore.lab.ours import RESULTS, refuse_foreign
+from snapcore.lab.ours import RECIPE, RESULTS, refuse_foreign
 from snapcore.lab.plots import plot_schedule
 from snapcore.lab.text import counted, printable
 from snapcore.lab.train import INTERRUPTED, is_resumable
@@ -42,6 +43,11 @@ LrMin = Annotated[float | None, typer.Option(help="The rate a cosine cycle annea
 WarmupSteps = Annotated[int | None, typer.Option(help="Updates of linear warm-up.", min=0)]
 Remainder = Annotated[str | None, typer.Option(help="paper or even, when cycles do not divide.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda, where the backend has a choice.")]
+DataDir = Annotated[Path | None, typer.Option(help="Where the images are now. Default: where they were.")]
+Model = Annotated[str | None, typer.Option(help="The package.module:function that a run names.")]
+TrustModel = Annotated[
+    bool, typer.Option("--trust-model", help="Import, and so execute, whatever function a run names.")
+]
 
 
 def _show_version(asked: bool) -> None:
@@ -82,6 +88,9 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Images per update.", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="Of weights and batches.", min=0)] = 0,
     train_limit: Annotated[int | None, typer.Option(help="Keep the first so many training images.", min=1)] = None,
+    held_out: Annotated[
+        float | None, typer.Option(help="The share of them not trained on, for select and calibration.", min=0, max=1)
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="The run's directory. Default: a new one in runs/.")] = None,
     resume: Annotated[bool, typer.Option(help="Resume an unfinished run; --no-resume moves it aside.")] = True,
     resume_every: Annotated[
@@ -111,6 +120,7 @@ def train(
         batch_size=batch_size,
         seed=seed,
         train_limit=train_limit,
+        held_out=held_out or None,
     )
     if job.has_own_model:
         _import_from_here()
@@ -127,11 +137,9 @@ def evaluate(
     runs: Runs,
     last: Annotated[int | None, typer.Option(help="Members of each run, from its end. Default: all.", min=1)] = None,
     members: Annotated[str | None, typer.Option(help="Members of each run, by index, such as 1,3.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Where the images are now. Default: where they were.")] = None,
-    model: Annotated[str | None, typer.Option(help="The package.module:function that a run names.")] = None,
-    trust_model: Annotated[
-        bool, typer.Option("--trust-model", help="Import, and so execute, whatever function a run names.")
-    ] = False,
+    data_dir: DataDir = None,
+    model: Model = None,
+    trust_model: TrustModel = False,
     device: Device = None,
     output: Annotated[Path | None, typer.Option(help="Where results.json goes. Default: the one run.")] = None,
 ) -> None:
@@ -152,6 +160,62 @@ def evaluate(
     )
     Display().ensembles(results["ensemble"])
     _print(f"{_cost(results)}; wrote {write_results(results, directory)}")
+
+
+@app.command()
+def predict(
+    runs: Runs,
+    split: Annotated[str, typer.Option(help="test or held-out.")] = "test",
+    data_dir: DataDir = None,
+    model: Model = None,
+    trust_model: TrustModel = False,
+    device: Device = None,
+) -> None:
+    """Keep every member's predictions in its run, for evaluate, select and programs of your own."""
+    if trust_model or model is not None:
+        _import_from_here()
+    for run in runs:
+        path, shape = keep_predictions(
+            run, split, data_dir=data_dir, model=model, trust_model=trust_model, device=device
+        )
+        _print(f"{path}: log-probabilities of {counted(shape[0], 'member')}, {shape[1]} images, {shape[2]} classes")
+
+
+@app.command()
+def select(
+    run: Annotated[Path, typer.Argument(help="A run made with --held-out.", show_default=False)],
+    by: Annotated[str, typer.Option(help=f"One of: {', '.join(WAYS)}.")] = "select",
+    size: Annotated[int, typer.Option(help="Choices of select at most.", min=1)] = 25,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Fit a cascade too: points of error that it may cost.", min=0)
+    ] = None,
+    rule: Annotated[str, typer.Option(help=f"Of the cascade. One of: {', '.join(RULES)}.")] = "probability",
+    data_dir: DataDir = None,
+    model: Model = None,
+    trust_model: TrustModel = False,
+    device: Device = None,
+) -> None:
+    """Choose, weight and calibrate members on the held-out images, and write recipe.json."""
+    if by not in WAYS:
+        raise typer.BadParameter(f"must be one of {', '.join(WAYS)}, got {by}", param_hint="--by")
+    if trust_model or model is not None:
+        _import_from_here()
+    recipe, report = select_members(
+        run,
+        by=by,
+        size=size,
+        tolerance=tolerance,
+        rule=rule,
+        data_dir=data_dir,
+        model=model,
+        trust_model=trust_model,
+        device=device,
+    )
+    refuse_foreign(run, [RECIPE])
+    recipe.save(run / RECIPE)
+    for line in describe_recipe(recipe, report):
+        _print(line)
+    _print(f"wrote {run / RECIPE}")
 
 
 @app.command()

@@ -1,9 +1,10 @@
 """What a run directory holds, in lines, without loading a framework; and what in it is damaged."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from snapcore.ensemble import Recipe
 from snapcore.errors import StoreError
 from snapcore.lab.files import read_at_most
 from snapcore.lab.ours import JOB, RESULTS
@@ -33,6 +34,20 @@ def describe_run(directory: Path) -> Iterator[str]:
         yield printable(
             f"member {member.index}: {member.file} ({size}, {member.framework}), update {member.step}, "
             f"lr {member.lr:.3g}" + "".join(f", {note}" for note in notes)
+        )
+
+
+def describe_recipe(recipe: Recipe, report: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """Yield lines about a recipe, and what it does on the test images."""
+    shares = ", ".join(f"{index}: {weight:.3f}" for index, weight in enumerate(recipe.weights, 1) if weight)
+    yield f"weights {shares}; temperature {recipe.temperature:.3f}"
+    if recipe.fitted is not None and recipe.fitted.gain is not None:
+        yield f"gain on {recipe.fitted.rows} held-out images ({recipe.fitted.how}): {recipe.fitted.gain:.4f} nats"
+    for name, scores in report.items():
+        members = f", {scores['members_used']:.2f} members an image" if "members_used" in scores else ""
+        yield (
+            f"{name:<8} on the test images: error {scores['error']:.2f} %, NLL {scores['nll']:.4f}, "
+            f"ECE {scores['ece']:.4f}{members}"
         )
 
 

@@ -37,11 +37,18 @@ class Display:
 
     def ensembles(self, curve: Sequence[Mapping[str, Any]]) -> None:
         """Print the table of ensembles: the last m members, m = 1 … M."""
-        table = Table("m", "error", "NLL", "Brier", "ECE", title="ensembles of the last m members", box=None)
+        columns = ["m", "error", "NLL", "Brier", "ECE"]
+        calibrated = any("temperature" in row for row in curve)
+        if calibrated:
+            columns += ["T", "NLL at T"]
+        table = Table(*columns, title="ensembles of the last m members", box=None)
         for column in table.columns:
             column.justify = "right"
         for row in curve:
-            cells = (f"{row['error']:.2f} %", *(f"{row[name]:.4f}" for name in ("nll", "brier", "ece")))
+            cells = [f"{row['error']:.2f} %", *(f"{row[name]:.4f}" for name in ("nll", "brier", "ece"))]
+            if calibrated:
+                fitted = "temperature" in row
+                cells += (f"{row['temperature']:.3f}", f"{row['calibrated_nll']:.4f}") if fitted else ("–", "–")
             table.add_row(str(row["m"]), *cells)
         self.console.print(table)
 

@@ -1,24 +1,36 @@
-"""Score the ensembles of one run, or of several together."""
+"""Score the ensembles of one run, or of several together; and choose, weight and calibrate the members of one."""
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
-from snapcore.ensemble import prefix_curve
+from snapcore.ensemble import (
+    FEW,
+    Predictions,
+    Recipe,
+    RunsOffError,
+    fit_cascade,
+    fit_temperature,
+    fit_weights,
+    prefix_curve,
+    run_cascade,
+    score_predictions,
+    select,
+)
 from snapcore.errors import DataError, StoreError
 from snapcore.lab.backends import start_backend, threads_of
 from snapcore.lab.datasets import Dataset
 from snapcore.lab.job import Job, load_job
 from snapcore.lab.ours import RESULTS, refuse_foreign
-from snapcore.lab.predictions import Predictions, Scored
+from snapcore.lab.predictions import finished_members, predictions_file, predictions_of
 from snapcore.lab.sealed import write_sealed
-from snapcore.protocol import program_from_dict
-from snapcore.store import SnapshotStore
+from snapcore.metrics import score
+from snapcore.store import Member, SnapshotStore
 
 log = logging.getLogger("snapcore")
 
@@ -35,6 +47,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score every member, and the ensembles of the last m for m = 1 … all, on the test images.
 
+    Predictions are kept in the runs: what has not changed is not run again. Where all runs kept the same training
+    images back, each ensemble is also scored at the temperature that fits those best.
+
     A run may name a model that is code of somebody's. It is imported only if the caller names the very same, or
     trusts whatever a run names.
 
@@ -49,7 +64,8 @@ def evaluate(
         device: where to compute; default where the run was trained.
 
     Returns:
-        What `results.json` holds: `error` in percent, `nll` in nats per example.
+        What `results.json` holds: `error` in percent, `nll` in nats per example; and `temperature` and
+        `calibrated_nll` where training images were kept back.
 
     Raises:
         StoreError: a directory holds no run, or not the members asked for.
@@ -63,29 +79,176 @@ def evaluate(
         where = " and ".join(f"{directory} ({job.data})" for directory, job in zip(directories, jobs, strict=True))
         raise DataError(f"{where} were tested on different images: give runs on the same data, or one at a time")
     stores = [SnapshotStore(directory) for directory in directories]
-    backends = {name: start_backend(name) for name in dict.fromkeys(job.backend for job in jobs)}
     began = time.perf_counter()
-    runs = []
+    rows, arrays, held_out = [], [], []
     for store, job, dataset in zip(stores, jobs, datasets, strict=True):
         _compare_images(store, job, dataset, moved=data_dir is not None)
-        if store.program is None:
-            raise StoreError(f"{store.path} has no program: snapcore train did not make it; choose another")
-        placed = job if device is None else msgspec.structs.replace(job, device=device)
-        state = placed.state(backends[job.backend], dataset, program_from_dict(store.program))
-        runs.append(Predictions(store, backends[job.backend], state, dataset.x_test, last=last, members=members))
-    scored = Scored(runs, labels)
-    curve = prefix_curve(scored, labels)
+        finished = finished_members(store)
+        positions = _positions(store, finished, last, members)
+        found = predictions_of(store, job, dataset, device=device)
+        rows += [finished[position] for position in positions]
+        arrays += [found[position] for position in positions]
+        if job.held_out:
+            kept_back = predictions_of(store, job, dataset, "held-out", device=device)
+            held_out += [kept_back[position] for position in positions]
+    curve = prefix_curve(arrays, labels, log=True)
+    answers = [dataset.y_held_out for dataset in datasets]
+    if len(held_out) == len(arrays) and all(np.array_equal(each, answers[0]) for each in answers):
+        _calibrate(curve, Predictions(held_out, answers[0]), Predictions(arrays, labels))
     return {
         **{name: _joined(getattr(job, name) for job in jobs) for name in ("backend", "data", "model", "method")},
         "updates": sum(store.members[-1].step for store in stores),
         "seconds": round(time.perf_counter() - began, 3),
-        "threads": max(threads_of(backend) for backend in backends.values()),
+        "threads": max(threads_of(job.backend) for job in jobs),
         "members": [
-            {"index": member.index, "step": member.step, "lr": member.lr, **scored.scores[position]}
-            for position, member in enumerate(scored.members)
+            {"index": member.index, "step": member.step, "lr": member.lr, **score(array, labels, log=True)}
+            for member, array in zip(rows, arrays, strict=True)
         ],
         "ensemble": curve,
     }
+
+
+def keep_predictions(
+    directory: Path,
+    split: str,
+    *,
+    data_dir: Path | None = None,
+    model: str | None = None,
+    trust_model: bool = False,
+    device: str | None = None,
+) -> tuple[Path, tuple[int, ...]]:
+    """Keep a run's predictions for a part of its data, and return the file and the shape.
+
+    Arguments:
+        directory: a run made by `snapcore train`.
+        split: `test` or `held-out`.
+        data_dir: as for `evaluate`, as the others.
+        model: the `package.module:function` that a run may name.
+        trust_model: whether to import whatever function a run names.
+        device: where to compute.
+
+    Raises:
+        StoreError, DataError: as for `evaluate`, or nothing was kept back.
+    """
+    job = load_job(directory)
+    _refuse_models([directory], [job], model, trust_model)
+    dataset, store = job.dataset(data_dir), SnapshotStore(directory)
+    _compare_images(store, job, dataset, moved=data_dir is not None)
+    found = predictions_of(store, job, dataset, split, device=device)
+    return predictions_file(store, split), found.shape
+
+
+def select_members(
+    directory: Path,
+    *,
+    by: str = "select",
+    size: int = 25,
+    tolerance: float | None = None,
+    rule: str = "probability",
+    data_dir: Path | None = None,
+    model: str | None = None,
+    trust_model: bool = False,
+    device: str | None = None,
+) -> tuple[Recipe, dict[str, Any]]:
+    """Choose, weight and calibrate a run's members on the training images that it kept back, as a recipe.
+
+    With fewer than 500 of these, what does not help on the half that it was not fitted on is not fitted, which is said.
+
+    Arguments:
+        directory: a run made by `snapcore train --held-out`.
+        by: `select`, `weights`, or `equal`, which only calibrates.
+        size: how many choices `select` makes at most.
+        tolerance: for a cascade too: by how many percentage points the error may rise.
+        rule: of the cascade.
+        data_dir: as for `evaluate`, as the others.
+        model: the `package.module:function` that a run may name.
+        trust_model: whether to import whatever function a run names.
+        device: where to compute.
+
+    Returns:
+        The recipe, and scores on the test images by name: `equal` and `recipe`, and `cascade` with `members_used`.
+
+    Raises:
+        StoreError, DataError: as for `evaluate`, or nothing was kept back.
+    """
+    job = load_job(directory)
+    _refuse_models([directory], [job], model, trust_model)
+    dataset, store = job.dataset(data_dir), SnapshotStore(directory)
+    _compare_images(store, job, dataset, moved=data_dir is not None)
+    held_out = predictions_of(store, job, dataset, "held-out", device=device)
+    test = predictions_of(store, job, dataset, device=device)
+    recipe = _worthwhile(directory, _FITS[by](held_out, size), held_out)
+    try:
+        recipe = _worthwhile(directory, fit_temperature(held_out, recipe), held_out, recipe)
+    except RunsOffError as error:
+        log.info("%s has no temperature: %s", directory, error)
+    equal = score_predictions(test)
+    chosen = score_predictions(test, weights=recipe.weights, temperature=recipe.temperature)
+    report: dict[str, Any] = {"equal": equal, "recipe": chosen}
+    if tolerance is not None:
+        recipe = fit_cascade(held_out, tolerance=tolerance, rule=rule, recipe=recipe)
+        logs, used = run_cascade(test, recipe)
+        report["cascade"] = {**score(logs, dataset.y_test, log=True), "members_used": float(used.mean())}
+    if recipe.fitted is not None:
+        recipe = replace(recipe, fitted=replace(recipe.fitted, test=equal["nll"] - chosen["nll"]))
+    return recipe, report
+
+
+_FITS: Mapping[str, Callable[[Predictions, int], Recipe]] = {
+    "select": lambda predictions, size: select(predictions, size=size),
+    "weights": lambda predictions, _: fit_weights(predictions),
+    "equal": lambda predictions, _: Recipe((1.0,) * len(predictions), members=predictions.members),
+}
+WAYS = tuple(_FITS)
+"""How `select_members` may weigh members."""
+
+
+def _worthwhile(directory: Path, fitted: Recipe, held_out: Predictions, before: Recipe | None = None) -> Recipe:
+    """Return a recipe, or what was before if few rows show no gain."""
+    plain = before or Recipe((1.0,) * len(held_out), members=held_out.members)
+    if fitted.fitted is None or held_out.examples >= FEW:
+        return fitted
+    gained = before.fitted.gain if before is not None and before.fitted is not None else 0.0
+    if fitted.fitted.gain is not None and fitted.fitted.gain > (gained or 0.0):
+        return fitted
+    what = "weights" if before is None else "a temperature"
+    log.info("%s: without %s, of which %d held-out images show no gain", directory, what, held_out.examples)
+    return plain
+
+
+def _calibrate(curve: list[dict[str, float]], held_out: Predictions, test: Predictions) -> None:
+    """Add to each row the temperature fitted on held-out images, and the NLL at it on the test images.
+
+    Rows without stand for a temperature that runs off, or of which few images show no gain.
+    """
+    for row in curve:
+        last = np.arange(len(test)) >= len(test) - row["m"]
+        try:
+            recipe = fit_temperature(held_out, Recipe(tuple(last.astype(float))))
+        except RunsOffError:
+            continue
+        gain = recipe.fitted.gain if recipe.fitted is not None else None
+        if held_out.examples < FEW and not (gain or 0.0) > 0:
+            continue
+        scores = score_predictions(test, weights=recipe.weights, temperature=recipe.temperature)
+        row.update(temperature=recipe.temperature, calibrated_nll=scores["nll"])
+
+
+def _positions(
+    store: SnapshotStore, finished: Sequence[Member], last: int | None, members: Sequence[int] | None
+) -> list[int]:
+    """Return the positions of the members asked for, among the finished."""
+    indexes = [member.index for member in finished]
+    if members is None:
+        count = len(finished) if last is None else last
+        if not 1 <= count <= len(finished):
+            raise StoreError(f"last must be in 1..{len(finished)}, the finished members of {store.path}; got {last}")
+        return [*range(len(finished))][-count:]
+    if last is not None:
+        raise StoreError(f"last and members exclude each other, got {last} and {list(members)}: leave one of them out")
+    if not members or len(set(members)) < len(members) or not set(members) <= set(indexes):
+        raise StoreError(f"members must be of {indexes}, the finished ones of {store.path}; got {list(members)}")
+    return [indexes.index(index) for index in members]
 
 
 def write_results(results: dict[str, Any], directory: Path) -> Path:

@@ -52,6 +52,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         batch_size: images per update.
         seed: of the weights and of the batches' order.
         train_limit: keep the first so many training images.
+        held_out: the share of them that is kept back, to choose and calibrate members on.
         data_sha256: the digest of the images and labels, once they are loaded.
 
     Raises:
@@ -78,6 +79,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     batch_size: Count = 64
     seed: Whole = 0
     train_limit: Count | None = None
+    held_out: float | None = None
     data_sha256: str | None = None
 
     def __post_init__(self) -> None:
@@ -95,7 +97,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     def dataset(self, directory: Path | None = None) -> Dataset:
         """Load the data, from `directory` instead of its own if given."""
-        return load_data(self.data, directory or self.data_dir, train_limit=self.train_limit)
+        return load_data(
+            self.data,
+            directory or self.data_dir,
+            train_limit=self.train_limit,
+            held_out=self.held_out or 0.0,
+            seed=self.seed,
+        )
 
     def training_data(self, dataset: Dataset) -> TrainingData:
         """Return the training part in this job's order."""

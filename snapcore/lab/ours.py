@@ -13,6 +13,7 @@ JOB = "job.json"
 HISTORY = "history.csv"
 PLOT = "training.png"
 RESULTS = "results.json"
+RECIPE = "recipe.json"
 
 COLUMNS = ("step", "lr", "loss")
 MAKER = "snapcore"

@@ -1,92 +1,128 @@
-"""Members' predictions, one member at a time, and the scores of every ensemble of them."""
+"""Members' predictions for one part of a run's data: made once, and kept until a member or the data change."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import softmax
+from scipy.special import log_softmax
 
-from snapcore.backend import Backend
-from snapcore.errors import StoreError
-from snapcore.metrics import score
+from snapcore.ensemble import Predictions
+from snapcore.errors import DataError, StoreError
+from snapcore.lab.backends import start_backend
+from snapcore.lab.datasets import Dataset
+from snapcore.lab.job import Job
+from snapcore.protocol import program_from_dict
 from snapcore.store import Member, SnapshotStore
 
-Probabilities = NDArray[np.float64]
+SPLITS = ("test", "held-out")
+
+log = logging.getLogger("snapcore")
 
 
-class Predictions(Sequence[Probabilities]):
-    """The class probabilities of one run's finished members, computed when asked for.
+def predictions_of(
+    store: SnapshotStore, job: Job, dataset: Dataset, split: str = "test", *, device: str | None = None
+) -> Predictions:
+    """Return the predictions of a run's finished members; only members whose predictions are not kept are run.
 
     Arguments:
-        store: an opened run.
-        backend: of the framework that trained it.
-        state: of the same model; its weights are replaced.
-        x: inputs, [examples, …].
-        last: how many members, counted from the end; default all.
-        members: which ones, by index, instead.
+        store: the run.
+        job: what it was asked to do.
+        dataset: its data.
+        split: `test` or `held-out`.
+        device: where to compute; default where the run was trained.
 
     Raises:
-        StoreError: the run has no finished member, fewer than `last`, or not all of `members`.
+        StoreError: the run has no finished member, or no program.
+        DataError: it kept nothing held out, or the model does not fit.
     """
+    members = finished_members(store)
+    x, y = _part(store, job, dataset, split)
+    digests = [member.sha256 for member in members]
+    data = f"{split} {dataset.sha256} {job.held_out or 0} {job.seed if job.held_out else 0}"
+    path = predictions_file(store, split)
+    kept = _kept(path, data)
+    if kept is not None and list(kept.members or ()) == digests:
+        return kept
+    known = {} if kept is None else dict(zip(kept.members or (), kept, strict=True))
+    made = np.empty((len(members), len(y), dataset.n_classes), np.float32)
+    lacking = [position for position, digest in enumerate(digests) if digest not in known]
+    for position, digest in enumerate(digests):
+        if digest in known:
+            made[position] = known[digest]
+    if lacking:
+        made[lacking] = _run(store, job, dataset, [members[position] for position in lacking], x, device)
+    found = Predictions(made, y, split=split, data=data, members=digests)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        found.save(path)
+    except OSError as error:  # as in a run on a read-only disk: they are made anew the next time
+        log.info("predictions are not kept: %s", error)
+    return found
 
-    def __init__(
-        self,
-        store: SnapshotStore,
-        backend: Backend[Any],
-        state: Any,
-        x: NDArray[Any],
-        *,
-        last: int | None = None,
-        members: Sequence[int] | None = None,
-    ) -> None:
-        self.members = _chosen(store, last, members)
-        self._store, self._backend, self._state, self._x = store, backend, state, x
 
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __getitem__(self, index: Any) -> Any:
-        tensors = self._store.load(self.members[index].index)
-        self._state = self._backend.restore(self._state, tensors, optimizer="keep")
-        return probabilities(self._backend.logits(self._state, self._x))
+def predictions_file(store: SnapshotStore, split: str) -> Path:
+    """Return where a run's predictions are kept."""
+    return store.path / "predictions" / f"{split}.safetensors"
 
 
-def _chosen(store: SnapshotStore, last: int | None, members: Sequence[int] | None) -> list[Member]:
-    finished = {member.index: member for member in store.members if not member.unfinished}
-    if not finished:
+def finished_members(store: SnapshotStore) -> list[Member]:
+    """Return a run's members without the unfinished.
+
+    Raises:
+        StoreError: there is none.
+    """
+    members = [member for member in store.members if not member.unfinished]
+    if not members:
         raise StoreError(f"{store.path} holds no finished member: train until the first cycle ends")
-    if members is None:
-        count = len(finished) if last is None else last
-        if not 1 <= count <= len(finished):
-            raise StoreError(f"last must be in 1..{len(finished)}, the finished members of {store.path}; got {last}")
-        return list(finished.values())[-count:]
-    if last is not None:
-        raise StoreError(f"last and members exclude each other, got {last} and {list(members)}: leave one of them out")
-    if not members or len(set(members)) < len(members) or not finished.keys() >= set(members):
-        raise StoreError(f"members must be of {list(finished)}, the finished ones of {store.path}; got {list(members)}")
-    return [finished[index] for index in members]
+    return members
 
 
-class Scored(Sequence[Probabilities]):
-    """Several runs' predictions, one after the other, each scored alone as it is passed on."""
-
-    def __init__(self, runs: Sequence[Predictions], labels: NDArray[np.int64]) -> None:
-        self.members = [member for run in runs for member in run.members]
-        self.scores: dict[int, Mapping[str, float]] = {}
-        self._positions = [(run, index) for run in runs for index in range(len(run))]
-        self._labels = labels
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __getitem__(self, index: Any) -> Any:
-        run, position = self._positions[index]
-        values = run[position]
-        self.scores[index] = score(values, self._labels)
-        return values
-
-
-def probabilities(logits: NDArray[np.float32]) -> Probabilities:
+def probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return the softmax of logits over the last axis, in float64."""
-    return softmax(logits.astype(np.float64), axis=-1)  # type: ignore[no-any-return]
+    return np.asarray(np.exp(log_softmax(logits.astype(np.float64), axis=-1)))
+
+
+def _part(store: SnapshotStore, job: Job, dataset: Dataset, split: str) -> tuple[NDArray[np.float32], NDArray[Any]]:
+    if split not in SPLITS:
+        raise DataError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if split == "test":
+        return dataset.x_test, dataset.y_test
+    if not job.held_out:
+        raise DataError(
+            f"{store.path} kept no training images back: train with --held-out 0.1, since nothing is fitted on the test"
+            " images"
+        )
+    return dataset.x_held_out, dataset.y_held_out
+
+
+def _kept(path: Path, data: str) -> Predictions | None:
+    """Return what is kept, if it is whole and of this data."""
+    try:
+        found = Predictions.open(path)
+    except (DataError, StoreError):
+        return None
+    return found if found.data == data else None
+
+
+def _run(
+    store: SnapshotStore,
+    job: Job,
+    dataset: Dataset,
+    members: list[Member],
+    x: NDArray[np.float32],
+    device: str | None,
+) -> NDArray[np.float32]:
+    """Return the log-probabilities of members, [members, examples, classes]."""
+    if store.program is None:
+        raise StoreError(f"{store.path} has no program: snapcore train did not make it; choose another")
+    backend = start_backend(job.backend)
+    placed = job if device is None else msgspec.structs.replace(job, device=device)
+    state = placed.state(backend, dataset, program_from_dict(store.program))
+    made = []
+    for member in members:
+        state = backend.restore(state, store.load(member.index), optimizer="keep")
+        made.append(log_softmax(backend.logits(state, x).astype(np.float64), axis=-1).astype(np.float32))
+    return np.stack(made)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from snapcore.errors import DataError
 from snapcore.lab.datasets.digits import read_digits
 from snapcore.lab.datasets.idx import read_idx, spellings
@@ -19,7 +21,6 @@ from snapcore.lab.datasets.npz import read_npz
 if TYPE_CHECKING:
     import os
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from snapcore.lab.datasets.arrays import Arrays
@@ -34,9 +35,9 @@ _INSTALLED = {"fashion-mnist": Path("/usr/share/datasets/fashion-mnist")}
 class Dataset:
     """Hold a classification task, split and standardised: x = (pixel - mean) / std.
 
-    `x_train`, `x_test` are float32 [n, channels, height, width], C-contiguous; `y_train`, `y_test` int64 [n]
-    in 0..n_classes - 1. `mean` and `std` (scalars; a pixel stored as an integer counts as value / 255) come
-    from the training images alone. `sha256` is the digest of images and labels as they are stored.
+    `x_train`, `x_test` and `x_held_out`, which may be empty, are float32 [n, channels, height, width], C-contiguous;
+    their labels int64 [n] in 0..n_classes - 1. `mean` and `std` (scalars; a pixel stored as an integer counts as
+    value / 255) come from the training images alone. `sha256` is the digest of images and labels as they are stored.
     """
 
     name: str
@@ -48,9 +49,18 @@ class Dataset:
     mean: float
     std: float
     sha256: str
+    x_held_out: NDArray[np.float32]
+    y_held_out: NDArray[np.int64]
 
 
-def load_data(name: str = "digits", directory: Directory = None, *, train_limit: int | None = None) -> Dataset:
+def load_data(
+    name: str = "digits",
+    directory: Directory = None,
+    *,
+    train_limit: int | None = None,
+    held_out: float = 0.0,
+    seed: int = 0,
+) -> Dataset:
     """Load a data set by name or from a directory.
 
     Args:
@@ -61,6 +71,8 @@ def load_data(name: str = "digits", directory: Directory = None, *, train_limit:
             images [n, height, width] or [n, height, width, channels]; integers 0..255, or floats taken as
             they are. Default: where `name` is installed.
         train_limit: keep only the first this many training images, 1..n. Default: all.
+        held_out: the share of these that is not trained on, 0 <= share < 1; the same of each class.
+        seed: decides which.
 
     Returns:
         A `Dataset`, standardised by the training images that are kept.
@@ -89,8 +101,29 @@ def load_data(name: str = "digits", directory: Directory = None, *, train_limit:
     x_train, y_train, n_classes = x_train[:n], y_train[:n], int(max(y_train.max(), y_test.max())) + 1
     # Of what is stored: the last bits of a mean differ between one machine's NumPy and another's.
     sha256 = digest(x_train, y_train, x_test, y_test)
-    x_train, x_test, mean, std = standardise(as_pixels(x_train, where), as_pixels(x_test, where), where)
-    return Dataset(name, x_train, y_train, x_test, y_test, n_classes, mean, std, sha256)
+    kept_back = _held_out(y_train, held_out, seed, where)
+    x_train, x_held_out, y_train, y_held_out = (
+        part for array in (x_train, y_train) for part in (array[~kept_back], array[kept_back])
+    )
+    pixels = [as_pixels(x, where) for x in (x_train, x_test)]
+    others = as_pixels(x_held_out, where) if len(x_held_out) else np.empty((0, *pixels[0].shape[1:]), np.float32)
+    x_train, (x_test, x_held_out), mean, std = standardise(pixels[0], (pixels[1], others), where)
+    return Dataset(name, x_train, y_train, x_test, y_test, n_classes, mean, std, sha256, x_held_out, y_held_out)
+
+
+def _held_out(labels: NDArray[np.int64], share: float, seed: int, where: str) -> NDArray[np.bool_]:
+    """Return which images are kept back: of each class, whose images are shuffled, the first `share`."""
+    if not 0 <= share < 1:
+        raise DataError(f"held_out must be a share in 0..1, 1 excluded, got {share}: 0.1 is customary")
+    kept_back = np.zeros(len(labels), bool)
+    for number in np.unique(labels):
+        of_class = np.random.default_rng([seed, int(number)]).permutation(np.flatnonzero(labels == number))
+        kept_back[of_class[: round(share * len(of_class))]] = True
+    if share and not kept_back.any():
+        raise DataError(f"{where}: held_out={share} keeps none of {len(labels)} images back: raise it")
+    if kept_back.all():
+        raise DataError(f"{where}: held_out={share} leaves no image to train on: lower it")
+    return kept_back
 
 
 def _read(name: str, directory: Directory) -> Arrays:

@@ -10,6 +10,8 @@ import numpy as np
 from snapcore.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     Images = NDArray[np.float32]
@@ -71,8 +73,8 @@ def as_pixels(images: NDArray[Any], where: str) -> Images:
     return scaled / np.float32(255)
 
 
-def standardise(x_train: Images, x_test: Images, where: str) -> tuple[Images, Images, float, float]:
-    """Return both parts as (pixel - mean) / std, and the mean and deviation of the training part.
+def standardise(x_train: Images, others: Sequence[Images], where: str) -> tuple[Images, list[Images], float, float]:
+    """Return all parts as (pixel - mean) / std, and the mean and deviation of the training part.
 
     Raises:
         DataError: all training pixels are the same.
@@ -81,7 +83,7 @@ def standardise(x_train: Images, x_test: Images, where: str) -> tuple[Images, Im
         flat = f"training images must differ somewhere, got {x_train.flat[0]:g} in every pixel"
         raise DataError(f"{where}: {flat}: check the file, or raise train_limit")
     mean, std = float(x_train.mean(dtype=np.float64)), float(x_train.std(dtype=np.float64))
-    return (x_train - mean) / std, (x_test - mean) / std, mean, std
+    return (x_train - mean) / std, [(x - mean) / std for x in others], mean, std
 
 
 def digest(*arrays: NDArray[Any]) -> str:
