@@ -127,7 +127,7 @@ def cascade_batch(
 
 def _bucket(left: int, examples: int) -> int:
     """Return the smallest of the batch's halves, down to its sixteenth, that holds what is left."""
-    sizes = [-(-examples // 2**power) for power in range(4, -1, -1)]
+    sizes = [-(-examples >> power) for power in range(4, -1, -1)]
     return next(size for size in sizes if size >= left)
 
 

@@ -23,7 +23,7 @@ from snapcore.ensemble import (
     select,
 )
 from snapcore.errors import DataError, StoreError
-from snapcore.lab.backends import start_backend, threads_of
+from snapcore.lab.backends import threads_of
 from snapcore.lab.datasets import Dataset
 from snapcore.lab.job import Job, load_job
 from snapcore.lab.ours import RESULTS, refuse_foreign
