@@ -6,7 +6,7 @@ The adapters and the application import from here, never from a file behind this
 from snapcore.ensemble.cascade import cascade_batch, fit_cascade, run_cascade
 from snapcore.ensemble.combine import MemberSequence, combine
 from snapcore.ensemble.fitting import FEW, RunsOffError, fit_temperature, fit_weights, select
-from snapcore.ensemble.members import Directory, check_members, member_files, refuse_like, refuse_mapped
+from snapcore.ensemble.members import Directory, check_members, member_files, recipe_files, refuse_like, refuse_mapped
 from snapcore.ensemble.outputs import (
     ACTIVATIONS,
     ALREADY_PROBABILITIES,
@@ -63,6 +63,7 @@ __all__ = [
     "prefix_curve",
     "rank_correlation",
     "reason",
+    "recipe_files",
     "refuse_equal_members",
     "refuse_like",
     "refuse_mapped",

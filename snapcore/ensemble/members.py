@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Iterable, Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
 
+from snapcore.ensemble.recipe import Recipe, as_recipe
 from snapcore.errors import CorruptSnapshotError, DataError, StoreError
 from snapcore.store import SnapshotStore
 
@@ -89,6 +91,54 @@ def member_files(
                     raise
                 raise CorruptSnapshotError(f"{error} (members={rest} leaves it out)") from error
     return files
+
+
+def recipe_files(
+    directories: Directory | Iterable[Directory],
+    recipe: Recipe | Directory,
+    *,
+    framework: str | Sequence[str],
+    last: int | None = None,
+    members: Iterable[int] | None = None,
+) -> tuple[list[Path], Recipe]:
+    """Return the paths of the members that a recipe gives a weight, and the recipe for these alone.
+
+    Arguments:
+        directories: a run directory, or several; their finished members are the recipe's.
+        recipe: or the path of its file.
+        framework: as for `member_files`.
+        last: left out: the recipe names the members, as for `members`.
+        members: left out.
+
+    Raises:
+        StoreError, CorruptSnapshotError: as for `member_files`, or the recipe cannot be read.
+        DataError: the recipe is for other members than these, or they have changed since.
+    """
+    if last is not None or members is not None:
+        raise DataError("last and members must be left out where there is a recipe: it says which members are used")
+    wanted = as_recipe(recipe)
+    paths = [directories] if isinstance(directories, str | os.PathLike) else list(directories)
+    found = [(path, member) for path in paths for member in SnapshotStore(path).members if not member.unfinished]
+    digests = [member.sha256 for _, member in found]
+    if wanted.members is None and len(wanted.weights) != len(found):
+        raise DataError(
+            f"the recipe is for {len(wanted.weights)} members, and there are {len(found)}: give its own runs"
+        )
+    used = [
+        (weight, digest) for weight, digest in zip(wanted.weights, wanted.members or digests, strict=True) if weight
+    ]
+    lacking = [digest for _, digest in used if digest not in digests]
+    if lacking:
+        raise DataError(
+            f"the recipe is for members that are not in {', '.join(map(str, paths))}, or have changed since: give its "
+            "own runs, or fit it anew"
+        )
+    files = []
+    for _, digest in used:
+        path, member = found[digests.index(digest)]
+        files += member_files(path, framework=framework, members=[member.index])
+    weights, names = zip(*used, strict=True)
+    return files, replace(wanted, weights=weights, members=names)
 
 
 def _wanted(store: SnapshotStore, path: Path, last: int | None) -> list[int]:
