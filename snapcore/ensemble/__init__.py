@@ -24,6 +24,7 @@ from snapcore.ensemble.outputs import (
 from snapcore.ensemble.predictions import KINDS, Predictions
 from snapcore.ensemble.recipe import RULES, Cascade, Fitted, Recipe, as_recipe
 from snapcore.ensemble.scoring import prefix_curve, score_predictions
+from snapcore.ensemble.soup import Interpolation, interpolation, mean_weights, soup
 from snapcore.ensemble.tuning import ROUNDS, TOLERANCE, Trial, TuningReport, check_strategy, deviation, tune
 from snapcore.ensemble.uncertainty import Uncertainty, rank_correlation, uncertainty, uncertainty_quality
 
@@ -38,6 +39,7 @@ __all__ = [
     "Cascade",
     "Directory",
     "Fitted",
+    "Interpolation",
     "MemberSequence",
     "Output",
     "Predictions",
@@ -57,6 +59,8 @@ __all__ = [
     "fit_cascade",
     "fit_temperature",
     "fit_weights",
+    "interpolation",
+    "mean_weights",
     "member_files",
     "pick",
     "predict",
@@ -73,6 +77,7 @@ __all__ = [
     "score_predictions",
     "select",
     "softmax_axis",
+    "soup",
     "tune",
     "uncertainty",
     "uncertainty_quality",
