@@ -16,7 +16,7 @@ THREADED := tests/jax tests/keras tests/tensorflow tests/parity tests/lab tests/
   tests/conformance/test_jax.py tests/conformance/test_keras.py tests/conformance/test_tensorflow.py
 FORKING := tests $(addprefix --ignore=,$(CORE) $(THREADED))
 
-.PHONY: demo test durability lint bench gpu docs clean
+.PHONY: demo test exhaustive durability lint bench gpu docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/snapcore train
@@ -35,6 +35,11 @@ test: $(VENV)/.test
 	$(ONE_THREAD) $(ONE_CACHE) $(PYTEST) $(FORKING)
 	$(ONE_THREAD) $(ONE_CACHE) $(PYTEST) $(THREADED) \
 	  --doctest-modules --pyargs snapcore snapcore_torch snapcore_jax snapcore_keras snapcore_tensorflow
+
+# What make test leaves out: the same promises on other backends, with more seeds, and by real kills.
+exhaustive: $(VENV)/.test
+	SNAPCORE_EXHAUSTIVE=only $(ONE_THREAD) $(ONE_CACHE) $(PYTEST) $(FORKING)
+	SNAPCORE_EXHAUSTIVE=only $(ONE_THREAD) $(ONE_CACHE) $(PYTEST) $(THREADED)
 
 versions:
 	$(ONE_THREAD) $(PYTHON) tests/packaging/versions.py $(PYTHONS)
