@@ -435,7 +435,7 @@ def test_epochs_of_a_loader_that_keeps_its_own_position_are_not_walked_through_a
     recorder = Recorder(tmp_path, CosineCycles(lr=0.1, steps=20, cycles=2), numbers, framework="numpy")
     run = CountedRun(recorder, lambda: numbers.count)
     run.begun_at = 0
-    recorder.epochs.load_state_dict({"epoch": 4, "batches": 2, "random": recorder._random_state()})
+    recorder.epochs.load_state_dict({"epoch": 4, "batches": 2, "random": recorder._points.random_state()})
     for stateful, first in ((True, 0), (False, 2)):
         epoch, batches = next(run.epochs_of(range(7), stateful=stateful))
         assert (epoch, next(batches)) == (4, first)

@@ -62,7 +62,7 @@ class Run:
                 evaluate()
             self.die_if("evaluated")
             if self.recorder.cursor.step == self.kill and self.where == "asked":
-                self.recorder._batch_is_asked_for()
+                self.recorder._points.amend()
                 self.die_if("asked")
         self.recorder.close()
 
