@@ -105,7 +105,7 @@ def test_an_epochs_last_execution_may_be_shorter_if_no_snapshot_is_due_in_one(fi
 
 
 def test_cycles_that_executions_do_not_divide_are_refused_with_the_nearest_that_works(fits, tmp_path):
-    with pytest.raises(ScheduleError, match=r"cycle of 8 updates.*executions of 5.*has 10 updates, that is steps=30"):
+    with pytest.raises(ScheduleError, match=r"cycle of 8 updates.*executions of 5.*: pass steps=30"):
         fits.fit(fits.network(SHORT, steps_per_execution=5), SnapshotCallback(tmp_path / "run", SHORT))
     assert not (tmp_path / "run").exists()
 
@@ -122,8 +122,8 @@ def test_the_nearest_cycles_named_are_the_nearest_there_are(length, cycles, per_
     with pytest.raises(ScheduleError) as refusal:
         check_cycles(schedule, per_execution, accumulation)
     nearest = min(abs(each - length) for each in fits)
-    named = " or ".join(str(each) for each in fits if abs(each - length) == nearest)
-    assert f"the nearest that is has {named} updates" in str(refusal.value)
+    named = " or ".join(str(each * cycles) for each in fits if abs(each - length) == nearest)
+    assert f": pass steps={named}, or steps_per_execution=" in str(refusal.value)
     other = int(str(refusal.value).rsplit("steps_per_execution=", 1)[1])
     assert per_execution % other == length * accumulation % other == 0
     assume(other > 1)
