@@ -136,7 +136,7 @@ class BackendConformance:
         state = self._train(state, 6, 9)
         assert_equal(self._weights(state), self._weights(self._undisturbed(model=self.random_model)))
 
-    def test_rule_12_a_dump_loaded_into_another_state_goes_on_exactly(self) -> None:
+    def test_rule_12_a_dump_loaded_into_another_state_resumes_exactly(self) -> None:
         """Rule 12: weights, moments and random states; bit for bit, through host arrays and JSON."""
         backend, state = self.backend(), self._trained(6, model=self.random_model)
         tensors, values = backend.dump(state)
