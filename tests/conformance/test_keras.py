@@ -107,8 +107,8 @@ class TestKerasCallback(RunConformance):
     def weights(self, subject):
         paths = [weight.path.partition("/")[2] for weight in subject.weights]
         return {
-            f"{place:03d}/{path}": each
-            for place, (path, each) in enumerate(zip(paths, subject.get_weights(), strict=True))
+            f"{position:03d}/{path}": each
+            for position, (path, each) in enumerate(zip(paths, subject.get_weights(), strict=True))
         }
 
     def moments(self, subject):

@@ -62,7 +62,7 @@ class Run:
                 evaluate()
             self.die_if("evaluated")
             if self.recorder.cursor.step == self.kill and self.where == "asked":
-                self.recorder._batch_is_asked_for()
+                self.recorder._points.amend()
                 self.die_if("asked")
         self.recorder.close()
 
@@ -198,11 +198,11 @@ def test_what_micro_batches_draw_is_drawn_again_after_a_resume(tmp_path):
 
 @pytest.mark.parametrize("where", ["loader", "sampler", "batch_sampler", "inner", "dataset", "wrapped", "twice"])
 def test_the_number_of_an_epoch_is_given_wherever_it_is_asked_for(tmp_path, where):
-    told = []
+    called = []
 
-    class Told:
+    class Called:
         def set_epoch(self, epoch):
-            told.append(epoch)
+            called.append(epoch)
 
     class Loader(list):
         pass
@@ -213,22 +213,24 @@ def test_the_number_of_an_epoch_is_given_wherever_it_is_asked_for(tmp_path, wher
             setattr(loader, name, part)
         return loader
 
-    class Own(Loader, Told):
+    class Own(Loader, Called):
         pass
 
     made = {
         "loader": lambda: Own(range(5)),
-        "sampler": lambda: loader_with(sampler=Told()),
-        "batch_sampler": lambda: loader_with(batch_sampler=Told()),
-        "inner": lambda: loader_with(batch_sampler=SimpleNamespace(sampler=Told())),
-        "dataset": lambda: loader_with(dataset=Told()),
-        "wrapped": lambda: loader_with(base_dataloader=SimpleNamespace(loader=loader_with(sampler=Told()))),
-        "twice": lambda: loader_with(sampler=(told_once := Told()), batch_sampler=SimpleNamespace(sampler=told_once)),
+        "sampler": lambda: loader_with(sampler=Called()),
+        "batch_sampler": lambda: loader_with(batch_sampler=Called()),
+        "inner": lambda: loader_with(batch_sampler=SimpleNamespace(sampler=Called())),
+        "dataset": lambda: loader_with(dataset=Called()),
+        "wrapped": lambda: loader_with(base_dataloader=SimpleNamespace(loader=loader_with(sampler=Called()))),
+        "twice": lambda: loader_with(
+            sampler=(called_once := Called()), batch_sampler=SimpleNamespace(sampler=called_once)
+        ),
     }[where]()
     with Loop(tmp_path, CosineCycles(0.1, 15, 3)) as loop:
         for _ in loop.recorder.batches(made):
             loop.step()
-    assert told == [0, 1, 2]
+    assert called == [0, 1, 2]
 
 
 def test_a_point_that_a_later_update_has_replaced_is_not_amended(tmp_path):

@@ -29,8 +29,8 @@ PROCESS = {"random": RANDOM, "data": {"epoch": 1, "batches": 3, "random": RANDOM
 def state(values=None, step=7):
     cursor = Cursor(CosineCycles(0.1, 60, 3))
     cursor.advance(step)
-    place = json.loads(json.dumps(cursor.state_dict()))
-    return {"framework": "numpy", "place": place, "values": values or {}, "processes": [copy.deepcopy(PROCESS)]}
+    position = json.loads(json.dumps(cursor.state_dict()))
+    return {"framework": "numpy", "place": position, "values": values or {}, "processes": [copy.deepcopy(PROCESS)]}
 
 
 POINT = ResumePoint({"moment": np.arange(3.0), "weights/w": np.ones((2, 2), "f4")}, state())

@@ -323,7 +323,7 @@ def refusing_directories(number):
 @pytest.mark.parametrize(
     "number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM]
 )
-def test_only_who_has_no_room_is_told_to_make_room(run, monkeypatch, number):
+def test_only_who_has_no_room_is_asked_to_make_room(run, monkeypatch, number):
     original = os.open
 
     def fails(path, flags, *rest, **options):

@@ -42,12 +42,12 @@ def test_rates_do_not_have_the_rounding_of_half_floats(seen, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_killed_run_goes_on_at_its_own_point_to_the_last_bit(seen, backend):
-    assert seen[backend]["own"] == {"batches": 12, "same": True}  # killed at 20, gone on after 12 of 24
+def test_a_killed_run_resumes_at_its_own_point_to_the_last_bit(seen, backend):
+    assert seen[backend]["own"] == {"batches": 12, "same": True}  # killed at 20, resumed after 12 of 24
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_killed_run_goes_on_where_backup_and_restore_does(seen, backend):
+def test_a_killed_run_resumes_where_backup_and_restore_does(seen, backend):
     """Killed at 17, with a backup after 12: the member of 16 is taken again."""
     assert seen[backend]["beside"] == {"batches": 12, "same": True}
 
@@ -80,7 +80,7 @@ def test_a_lone_callback_needs_no_list(seen, backend):
         ("is changed after", 4, 24),
     ],
 )
-def test_a_callback_that_is_told_of_batches_ends_in_other_threads_does_the_same(seen, backend, name, epochs, updates):
+def test_a_callback_that_is_called_at_batches_ends_in_other_threads_does_the_same(seen, backend, name, epochs, updates):
     assert seen[backend]["unwatched"][name] == [[*range(epochs)], updates, True]
 
 
@@ -90,7 +90,7 @@ def test_a_run_that_dies_between_a_batch_and_the_next_has_its_member(seen, backe
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_training_goes_on_when_the_update_that_should_have_been_the_last_is_skipped(seen, backend):
+def test_training_continues_when_the_update_that_should_have_been_the_last_is_skipped(seen, backend):
     assert seen[backend]["unwatched"]["skips"] == [[8, 16, 24], [3, 4], 29]
 
 

@@ -40,9 +40,9 @@ def softmax64(logits, axis=-1):
 
 def vary(model, number):
     """Give a model other weights, but for what it has been adapted to."""
-    for place, weight in enumerate(model.weights):
+    for position, weight in enumerate(model.weights):
         if "normalization" not in weight.path and "count" not in weight.path:
-            waves = np.sin(3.0 * number + place + np.arange(np.prod(weight.shape))).reshape(weight.shape)
+            waves = np.sin(3.0 * number + position + np.arange(np.prod(weight.shape))).reshape(weight.shape)
             weight.assign(waves)
     return model
 
@@ -432,8 +432,8 @@ def test_batches_may_come_from_a_data_set_or_a_loader(run):
         found = ensemble.predict(loader)
         assert (type(found), found.dtype) == (np.ndarray, np.float32)
         np.testing.assert_allclose(found, wanted.mean(0), atol=1e-6)
-    for nothing, told in (([], "at least one batch, got none"), ([x[:0]], "at least one example"), (3, "got int")):
-        with pytest.raises(DataError, match=told):
+    for nothing, message in (([], "at least one batch, got none"), ([x[:0]], "at least one example"), (3, "got int")):
+        with pytest.raises(DataError, match=message):
             ensemble.predict(nothing)
 
 
@@ -507,8 +507,8 @@ def test_members_that_a_loop_in_another_framework_wrote_are_loaded(tmp_path, bac
 
 def arrays_of(model):
     return {
-        weight.path: np.random.default_rng(place).normal(size=weight.shape)
-        for place, weight in enumerate(model.weights)
+        weight.path: np.random.default_rng(position).normal(size=weight.shape)
+        for position, weight in enumerate(model.weights)
     }
 
 

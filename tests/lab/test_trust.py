@@ -68,9 +68,9 @@ def test_naming_another_model_is_no_permission(model, inside, cli):
 def test_naming_the_model_of_one_run_is_no_permission_for_that_of_another(hostile, here, cli, finished):
     other = shutil.copytree(hostile, here / "other")
     write_sealed(other / "job.json", {**read_sealed(other / "job.json"), "model": "elsewhere:net"})
-    told = cli("evaluate", hostile, other, "--model", "in_the_run:net").refusal
-    assert str(other) in told
-    assert "--model elsewhere:net" in told
+    message = cli("evaluate", hostile, other, "--model", "in_the_run:net").refusal
+    assert str(other) in message
+    assert "--model elsewhere:net" in message
     assert not (here / "executed").exists()
 
 

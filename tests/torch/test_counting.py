@@ -138,7 +138,7 @@ def test_the_loss_scale_is_part_of_a_resume_point(tmp_path):
     assert scale_after(6, init_scale=1.0) == 32.0
 
 
-def test_updates_said_outright_take_the_place_of_those_counted(tmp_path):
+def test_updates_said_outright_replace_those_counted(tmp_path):
     """Three in a captured graph, of which the optimizer itself saw one."""
     model = nn.Linear(3, 2)
     optimizer = OPTIMIZERS["sgd"](model.parameters())

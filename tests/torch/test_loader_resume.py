@@ -317,7 +317,7 @@ def test_micro_batches_left_over_at_an_epochs_end_are_given_again(tmp_path, stop
 
 
 class Noted:
-    """Whatever a loader is made of: it notes the epoch that it is told of, and shuffles by it."""
+    """Whatever a loader is made of: it notes the epoch that it is given, and shuffles by it."""
 
     def __init__(self):
         self.epoch, self.heard = 0, []
@@ -342,7 +342,7 @@ class Wrapped:
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
-def test_a_batch_sampler_is_told_the_epoch_however_deep_its_loader_is_wrapped(tmp_path, depth):
+def test_a_batch_sampler_is_given_the_epoch_however_deep_its_loader_is_wrapped(tmp_path, depth):
     def make():
         loader = DataLoader(Augmented(), batch_sampler=Noted())
         for _ in range(depth):
