@@ -18,16 +18,3 @@ def open_regular(path: Path) -> BinaryIO:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
     return os.fdopen(descriptor, "rb")
-
-
-def read_at_most(path: Path, limit: int) -> bytes:
-    """Return a regular file's content.
-
-    Raises:
-        OSError: it is no regular file, is larger than `limit` bytes, or cannot be read.
-    """
-    with open_regular(path) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise OSError(errno.EFBIG, f"it is larger than {limit} bytes", str(path))
-    return content
