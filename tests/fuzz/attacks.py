@@ -173,7 +173,7 @@ def _hostile(rng):
         return rng.choice(([], [[]], [None] * 1000, {"": {}}, {str(n): n for n in range(1000)}, DEEP, LONG))
     if kind == 3:
         value = rng.choice(NUMBERS)
-        for _ in range(rng.choice((1, 50, 500))):
+        for _ in range(rng.choice((1, 50, 200))):
             value = [value] if rng.random() < 0.5 else {"a": value}
         return value
     return rng.choice(NUMBERS)
