@@ -28,14 +28,22 @@ class History:
         directory: of the run.
         rate: the schedule, step -> rate.
         resumed: whether a table there is of this run.
+        check: called before every write; if it raises, nothing is written.
 
     Raises:
         StoreError: the table there is damaged, or of another run.
     """
 
-    def __init__(self, directory: Path, rate: Callable[[int], float], *, resumed: bool = True) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        rate: Callable[[int], float],
+        *,
+        resumed: bool = True,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self._path = directory / HISTORY
-        self._rate = rate
+        self._rate, self._check = rate, check
         self.rows = _read(self._path, rate) if resumed and os.path.lexists(self._path) else []
         self._written: int | None = None
 
@@ -49,8 +57,9 @@ class History:
         """Bring the file up to date: the first time, or `anew`, all of it; else by what is new.
 
         Raises:
-            StoreError: it cannot be written.
+            StoreError: it cannot be written, or `check` has refused.
         """
+        self._check()
         try:
             if anew or self._written is None:
                 with atomic_write(self._path) as temporary:

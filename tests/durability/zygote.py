@@ -4,6 +4,7 @@ A child is a process of its own with the command's own exit code, and is killed 
 of JSON; each has one line of JSON for an answer.
 """
 
+import atexit
 import gc
 import importlib
 import io
@@ -82,6 +83,7 @@ if __name__ == "__main__":
         try:
             main()
         except SystemExit as end:
+            atexit._run_exitfuncs()  # such as the one that waits for the writer
             sys.stdout.flush()
             os._exit(end.code)  # taking the interpreter down would take as long as the run
     for left in begun:
