@@ -26,8 +26,8 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """Leave out what `make exhaustive` runs, unless SNAPCORE_EXHAUSTIVE asks for it: `only` for that, `1` for all.
 
-    `@pytest.mark.exhaustive` marks a test that says again at length what a shorter one says too: on another backend, with
-    more seeds, by real kills. With `keep=n` the first n of its cases stay.
+    `@pytest.mark.exhaustive` marks a test that says again at length what a shorter one says too: on another backend,
+    with more seeds, by real kills. With `keep=n` the first n of its cases stay.
     """
     asked = os.environ.get("SNAPCORE_EXHAUSTIVE", "1" if "SNAPCORE_KILLS" in os.environ else "")
     if asked not in ("", "1", "only"):

@@ -125,6 +125,7 @@ class TestKerasCallback(RunConformance):
         return [keras.ops.convert_to_numpy(each) for each in (ensemble(x), ensemble.members(x))]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", sorted({"tensorflow", "jax", "torch"} - {keras.backend.backend()}))
 def test_every_rule_holds_on_another_backend_of_keras(name):
     environment = {**os.environ, "KERAS_BACKEND": name, "PYTHONPATH": os.pathsep.join(sys.path), "SNAPCORE_REQUIRE": ""}

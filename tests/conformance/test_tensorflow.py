@@ -50,6 +50,7 @@ class TestTensorFlowBackend(BackendConformance):
         return TensorFlowBackend()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("options", [{"xla": True}, {"velocity": "updates"}], ids=str)
 def test_the_rules_of_exactness_hold_however_updates_are_compiled_and_velocities_kept(options):
     suite = TestTensorFlowBackend()
@@ -59,6 +60,7 @@ def test_the_rules_of_exactness_hold_however_updates_are_compiled_and_velocities
     suite.test_rule_12_a_dump_loaded_into_another_state_resumes_exactly()
 
 
+@pytest.mark.exhaustive
 def test_every_rule_holds_on_two_mirrored_devices(tmp_path):
     process = Forked(
         pytest.__main__.__file__, "-q", "-p", "no:cacheprovider", MIRRORED, log=tmp_path / "log", SNAPCORE_REQUIRE=""

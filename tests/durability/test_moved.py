@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import shutil
 import signal
 import time
@@ -15,8 +14,7 @@ from .conftest import MOVED
 from .harness import HOLD, SLOW, arguments, assert_same, finished, place, wait_for
 
 RUNS = max(int(os.environ.get("SNAPCORE_KILLS", "2")) // 2, 1)
-# The second where the writer's last flush of the resume point's folder came after that was gone.
-NOTICED = "was moved, deleted or replaced while this run had it open; start again$|/resume/point.* could not be written"
+NOTICED = "was moved, deleted or replaced while this run had it open; start again"
 ENDS = {"left to notice": None, "asked to stop": signal.SIGTERM, "interrupted": signal.SIGINT}
 
 
@@ -49,7 +47,7 @@ def test_a_run_that_has_lost_its_directory_leaves_the_run_at_its_name_alone(zygo
         first.send(ENDS[end])
     (tmp_path / HOLD).unlink()
     assert first.wait() == 1, first.output
-    assert re.search(NOTICED, first.output.splitlines()[-1])
+    assert NOTICED in first.output.splitlines()[-1]
     assert_same(directory, reference("star").directory)
     if happen is moved:
         finished(zygote.start(tmp_path / "moved"))

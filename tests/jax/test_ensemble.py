@@ -95,6 +95,7 @@ def expected(trees, apply_fn, x=X):
     return combine([softmax64(np.asarray(apply_fn(tree, x), np.float64)) for tree in trees])
 
 
+@pytest.mark.exhaustive(keep=6)
 @pytest.mark.parametrize("strategy", ONE_DEVICE)
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_the_mean_of_the_softmax_of_its_members(tmp_path, name, strategy):

@@ -272,6 +272,7 @@ def test_it_pickles(name, used):
     assert again.strategy == ensemble.strategy
 
 
+@pytest.mark.exhaustive
 def test_a_loaded_ensemble_pickles_for_another_process(tmp_path):
     model = Module(nnx.Rngs(0))
     directory = write(tmp_path / "run", Module(nnx.Rngs(1)), Module(nnx.Rngs(2)))

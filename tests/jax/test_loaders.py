@@ -122,6 +122,7 @@ LOADERS = {
 }
 
 
+@pytest.mark.exhaustive(keep=8)
 @pytest.mark.parametrize("kill", [5, 8, 13])
 @pytest.mark.parametrize("name", LOADERS)
 def test_the_batches_after_a_kill_are_those_of_a_run_that_was_not_stopped(tmp_path, name, kill):

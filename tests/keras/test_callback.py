@@ -352,6 +352,7 @@ def test_a_number_is_no_program(tmp_path):
         SnapshotCallback(tmp_path / "run", 0.1)
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("anew", [False, True])
 def test_a_fit_that_died_leaves_the_directory_to_the_next(fits, tmp_path, unbroken, anew):
     model = fits.network(SHORT)
@@ -608,6 +609,7 @@ def test_weights_of_a_type_that_no_file_holds_are_refused_by_name_before_the_fir
     assert not watch.weights
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("mode", ["float8", "int8"])
 def test_a_model_quantized_by_keras_is_kept_as_its_variables_are(fits, tmp_path, mode):
     model, watch = keras.Sequential([keras.Input((4,)), layers.Dense(8), layers.Dense(1)]), fits.Watch()

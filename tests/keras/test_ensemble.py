@@ -431,6 +431,7 @@ def test_tuning_reports_what_it_found_and_keeps_the_fastest(run):
     np.testing.assert_allclose(ensemble(X), wanted.mean(0), atol=1e-6)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_members_are_the_same_on_every_backend_and_by_every_strategy(tmp_path, backend):
     model = with_statistics()

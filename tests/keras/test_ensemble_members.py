@@ -167,6 +167,7 @@ def of_words(layer):
     return keras.Model(inputs, layers.Dense(3)(found)), WORDS[:, 0] if inputs.shape == (None,) else WORDS
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.filterwarnings("ignore:.*np.object:FutureWarning")
 @pytest.mark.parametrize("make", [adapted_strings, adapted_text])
 def test_a_vocabulary_is_the_given_models_and_is_saved_and_exported_with_the_ensemble(tmp_path, make):
@@ -494,6 +495,7 @@ def with_statistics():
 LOOP = Path(__file__).with_name("ensemble_of_a_loop.py")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_members_that_a_loop_in_another_framework_wrote_are_loaded(tmp_path, backend):
     done = process([LOOP, tmp_path], backend)
@@ -565,6 +567,7 @@ def test_positions_of_jax_are_matched_by_shapes_or_refused():
     assert all(np.array_equal(one, other) for one, other in zip(found, arrays, strict=True))
 
 
+@pytest.mark.exhaustive
 def test_an_ensemble_is_unpickled_in_another_process(run, tmp_path):
     directory, model, wanted = run
     (tmp_path / "e.pickle").write_bytes(pickle.dumps(SnapshotEnsemble.load(directory, model)))

@@ -29,6 +29,7 @@ def printed(code, backend, *words):
     return done.stdout
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("backend", FRAMEWORKS)
 def test_it_loads_no_framework_that_keras_itself_does_not_load(backend):
     """Keras on PyTorch loads JAX too, where that is installed."""

@@ -99,6 +99,7 @@ def compiled(optimizer):
     return model
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("optimizer", [keras.optimizers.Adam, keras.optimizers.Nadam, keras.optimizers.RMSprop])
 def test_a_dump_has_all_that_continues_random_layers_too(optimizer):
     one, other = compiled(optimizer), compiled(optimizer)
@@ -112,6 +113,7 @@ def test_a_dump_has_all_that_continues_random_layers_too(optimizer):
         np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("optimizer", [keras.optimizers.Adam, keras.optimizers.Nadam, keras.optimizers.Adagrad])
 def test_moments_are_reset_to_a_new_optimizers_and_the_count_is_kept(optimizer):
     """Not to zero: Nadam begins with a one, Adagrad with its `initial_accumulator_value`."""

@@ -53,6 +53,7 @@ GIVEN = [
 ]
 
 
+@pytest.mark.exhaustive(keep=2)
 @pytest.mark.parametrize("given", GIVEN, ids=str)
 def test_options_reach_the_backend_as_they_were_given(given, cli, here, tensors_of, finished):
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]

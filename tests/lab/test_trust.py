@@ -46,6 +46,7 @@ def test_neither_the_module_nor_the_command_imports_it(inside, python):
     assert not (inside / "executed").exists()
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize(
     ("start", "words"),
     [
@@ -90,6 +91,7 @@ def test_built_in_models_need_no_permission(cli, finished, here):
     assert cli("evaluate", finished, "--model", "mlp", "--output", "scores").code == 0
 
 
+@pytest.mark.exhaustive
 def test_files_in_the_current_directory_do_not_stand_in_for_what_the_command_imports(inside, python, finished):
     for module in ("msgspec", "numpy", "typer", "torch", "sklearn", "snapcore_torch", "csv", "tempfile"):
         (inside / f"{module}.py").write_text(CODE)

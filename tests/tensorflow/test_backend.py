@@ -63,6 +63,7 @@ def noisy(input_shape, n_classes):
     return keras.Sequential([keras.Input(input_shape), layers.Flatten(), *middle, layers.Dense(n_classes)])
 
 
+@pytest.mark.exhaustive(keep=3)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_leaves_its_members_and_an_ensemble(method, digits, held_out, tmp_path):
     reports = []
@@ -87,6 +88,7 @@ def test_the_convolutional_network_learns_the_digits(digits, held_out, tmp_path)
     assert score(probabilities(start(digits, "cnn"), tensors, held_out[0]), held_out[1])["error"] < 15
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize(
     ("method", "at"), [("snapshot", 1), ("snapshot", 16), ("snapshot", 23), ("independent", 70), ("star", 33)]
 )
@@ -268,11 +270,13 @@ def refusal(configured, missing=""):
     return done.stdout + done.stderr
 
 
+@pytest.mark.exhaustive
 def test_keras_on_another_backend_is_refused_with_what_to_do():
     cure = "it runs on jax: set the environment variable KERAS_BACKEND=tensorflow before Keras is imported"
     assert cure in refusal("jax")
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("configured", ["tensorflow", "jax"])
 def test_tensorflow_that_is_not_installed_is_named_with_what_to_install(configured):
     assert "needs TensorFlow: pip install 'snapcore[tensorflow]'" in refusal(configured, missing="tensorflow")

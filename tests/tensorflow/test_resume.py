@@ -70,6 +70,7 @@ def train_whole(directory, name="adam", *arguments, **options):
     return train(directory, loop, *arguments, **options)
 
 
+@pytest.mark.exhaustive(keep=2)
 @pytest.mark.parametrize(
     ("name", "numbers", "every", "calls"),
     [
@@ -169,6 +170,7 @@ def distributed():
     return strategy.experimental_distribute_dataset(tf.data.Dataset.from_tensor_slices(DATA).shuffle(5, seed=3))
 
 
+@pytest.mark.exhaustive(keep=3)
 @pytest.mark.parametrize("number", [3, 7, 10])
 @pytest.mark.parametrize("make", [distributed, lambda: Held(shuffled()), lambda: shuffled().repeat(2).take(7)])
 def test_the_seeds_of_distributed_and_of_held_data_sets_are_drawn_again(tmp_path, make, number):
@@ -367,6 +369,7 @@ def test_settings_that_differ_are_named_on_a_resume(tmp_path, caplog, make, said
     assert said in line
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
 def test_a_process_that_is_really_killed_resumes_in_another(tmp_path, name):
     def start(directory, *arguments):

@@ -360,6 +360,7 @@ def said(process):
     return process.output
 
 
+@pytest.mark.exhaustive
 def test_on_two_mirrored_devices_members_and_a_resumed_run_are_those_of_one_device(tmp_path):
     said(start_mirrored(tmp_path))
     for name in ("schedule", "plain"):

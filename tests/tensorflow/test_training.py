@@ -89,6 +89,7 @@ def test_the_loop_is_the_one_written_by_hand(digits, velocity, xla):
     np.testing.assert_allclose([loss for _, loss in reports], losses, rtol=1e-4)
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("model", ["mlp", dropping])
 @given(cuts=st.sets(st.integers(1, CHUNK + 29), max_size=5))
 @settings(max_examples=6, deadline=None)
@@ -98,6 +99,7 @@ def test_wherever_a_segment_is_cut_the_weights_are_the_same_to_the_bit(digits, m
     assert same(everything(whole), everything(parts))
 
 
+@pytest.mark.exhaustive
 def test_with_xla_too_the_cut_does_not_show_and_the_result_is_as_without(digits):
     whole, parts = (ran(begun(digits, xla=True), *stops) for stops in ([230], [1, 77, 201, 230]))
     assert same(everything(whole), everything(parts))

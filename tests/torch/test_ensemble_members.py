@@ -597,6 +597,7 @@ def test_it_pickles(run, options, used):
     assert again.strategy == ensemble.strategy
 
 
+@pytest.mark.exhaustive
 def test_a_loaded_ensemble_pickles_for_another_process(run, tmp_path):
     directory, wanted = run
     (tmp_path / "e.pickle").write_bytes(pickle.dumps(SnapshotEnsemble.load(directory, net())))

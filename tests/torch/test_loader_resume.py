@@ -192,6 +192,7 @@ def check(directory, make_loader, stops, how="leaving", **options):
     assert members(directory / "parts") == members(directory / "whole")
 
 
+@pytest.mark.exhaustive(keep=8)
 @pytest.mark.parametrize("loader", HERE)
 @pytest.mark.parametrize(
     "stops", [[5], [9], list(range(1, UPDATES))], ids=["with an epoch", "within one", "ever so often"]
@@ -200,6 +201,7 @@ def test_stopped_after_an_update_and_started_again(tmp_path, loader, stops):
     check(tmp_path, HERE[loader], stops)
 
 
+@pytest.mark.exhaustive(keep=5)
 @pytest.mark.parametrize("loader", HERE)
 @pytest.mark.parametrize("how", ["an exception", "SIGTERM"])
 def test_stopped_by_something_else(tmp_path, loader, how):
@@ -207,6 +209,7 @@ def test_stopped_by_something_else(tmp_path, loader, how):
     check(tmp_path, HERE[loader], [7, 10], how)
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("workers", WORKERS)
 def test_stopped_with_workers_that_draw_random_numbers(tmp_path, workers):
     check(tmp_path, lambda: with_workers(**WORKERS[workers]), [5, 8])
@@ -217,6 +220,7 @@ def test_stopped_with_workers_by_something_else(tmp_path, how):
     check(tmp_path, lambda: with_workers(persistent_workers=True), [7], how)
 
 
+@pytest.mark.exhaustive
 def test_stopped_with_a_worker_that_was_spawned(tmp_path, monkeypatch):
     """It imports the data set, which must be in a module that it finds."""
     (tmp_path / "spawned_dataset.py").write_text(
