@@ -27,7 +27,7 @@ from snapcore.protocol import (
     Stop,
     as_program,
 )
-from snapcore.run.batches import Epochs
+from snapcore.run.batches import EpochBatches, Epochs
 from snapcore.run.group import Alone, Group
 from snapcore.run.random_state import random_state, set_random_state
 from snapcore.run.resume import last_step, open_run, read_resumed
@@ -306,7 +306,9 @@ class Recorder:
         """
         return self.epochs.walk(loader, stateful=stateful)
 
-    def epochs_of(self, loader: Iterable[Batch], *, stateful: bool = False) -> Iterator[tuple[int, Iterator[Batch]]]:
+    def epochs_of(
+        self, loader: Iterable[Batch], *, stateful: bool = False
+    ) -> Iterator[tuple[int, EpochBatches[Batch]]]:
         """Yield (epoch, its batches) until the program stops; after a resume, from the epoch it was in.
 
         See `Epochs.epochs`.
