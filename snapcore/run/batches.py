@@ -43,8 +43,8 @@ class Epochs:
         cursor: says when to stop.
         random_state: gives all random states as plain JSON.
         set_random_state: takes them back.
-        on_ask: called whenever the loop asks for its next batch, before that is drawn: what the loop did after its last
-            update, such as an evaluation, is done by then.
+        on_ask: called when the loop has used all its batches and asks for the next, before that is drawn: what it did
+            after its last update, such as an evaluation, is done by then.
     """
 
     def __init__(
@@ -139,10 +139,11 @@ class Epochs:
             self._ask()
 
     def _ask(self) -> None:
-        self._on_ask()
-        if self._unused:
+        if self._unused:  # a micro-batch was given, and what it drew is drawn again by a resumed run
             self._micro = True
-        elif self._micro and self._asked is None:
+            return
+        self._on_ask()
+        if self._micro and self._asked is None:
             self._asked = self._random_state()
 
     def _begin(self, loader: Iterable[Batch], stateful: bool) -> Iterator[Batch]:
