@@ -169,7 +169,7 @@ class Recorder:
         own = processes[self._group.rank if len(processes) == self._group.size else 0]
         self.epochs.load_state_dict(own["data"])
         self._set_random_state(own["random"])
-        log.info("%s: resumed after update %d of %d", self._name, self.cursor.step, self.program.updates)
+        log.warning("%s: resumed after update %d of %d", self._name, self.cursor.step, self.program.updates)
         if differing:
             now = self._source.settings()
             shown = "; ".join(f"{name} {was} saved, {is_} given, {now[name]} in force" for name, was, is_ in differing)
@@ -414,7 +414,7 @@ class Recorder:
         stopped = FINISHED if last == self.program.updates else None
         self.cursor.load_state_dict({"step": last, "taken": len(at.members), "last": last, "stopped": stopped})
         if at.step:
-            log.info("%s: resumed after update %d of %d", self._name, at.step, self.program.updates)
+            log.warning("%s: resumed after update %d of %d", self._name, at.step, self.program.updates)
         self._rehearse(before_training=True)
         # What is due at this very step was not taken before the checkpoint, which has the weights for it.
         return self.record(at.step - last, late="take")
