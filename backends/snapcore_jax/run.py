@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar, overload
 
 from snapcore import CycleWarning, Program, ProtocolError, Schedule
 from snapcore.protocol import Snapshot, as_program
-from snapcore.run import CountedRun, Recorder
+from snapcore.run import CountedRun, EpochBatches, Recorder
 from snapcore.store import read_point
 from snapcore_jax.counting import (
     Optimizer,
@@ -240,7 +240,7 @@ class SnapshotRun:
         epoch = self._recorder.epochs.state_dict()["epoch"]
         return self._counted.batches(self._source.use(loader, epoch), stateful=self._source.is_stateful(loader))
 
-    def epochs(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Iterator[Batch]]]:
+    def epochs(self, loader: Iterable[Batch]) -> Iterator[tuple[int, EpochBatches[Batch]]]:
         """Yield each epoch's number, from 0, and its batches, until the program stops; see `batches`.
 
         After a resume the first is the epoch that was under way, with the batches that are left of it.

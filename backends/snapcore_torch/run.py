@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from snapcore import Program, ProtocolError, Schedule, Snapshot
 from snapcore.protocol import OptimizerState
-from snapcore.run import Position, Recorder
+from snapcore.run import EpochBatches, Position, Recorder
 from snapcore.store import Tensors
 from snapcore_torch.counting import ParameterWatch, UpdateCount
 from snapcore_torch.distributed import copy_from_first, current_group, refuse_sharded
@@ -191,7 +191,7 @@ class SnapshotRun:
         """
         return self._recorder.batches(self._walked(loader), stateful=self._source.is_stateful(loader))
 
-    def epochs(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Iterator[Batch]]]:
+    def epochs(self, loader: Iterable[Batch]) -> Iterator[tuple[int, EpochBatches[Batch]]]:
         """Yield (epoch, its batches), from epoch 0, until the program stops; otherwise as `batches`.
 
         After a resume the first is the epoch that was under way, with the batches that are left of it. If it was

@@ -3,6 +3,7 @@
 The adapters and the application import from here, never from a file behind this door.
 """
 
+from snapcore.run.batches import EpochBatches
 from snapcore.run.counted import CountedRun
 from snapcore.run.execute import execute
 from snapcore.run.group import Alone, Group
@@ -16,6 +17,7 @@ __all__ = [
     "WEIGHTS",
     "Alone",
     "CountedRun",
+    "EpochBatches",
     "Group",
     "Position",
     "Recorder",

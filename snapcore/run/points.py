@@ -79,7 +79,7 @@ class ResumePoints:
         own = processes[self._group.rank if len(processes) == self._group.size else 0]
         self.epochs.load_state_dict(own["data"])
         self._set_random_state(own["random"])
-        log.info("%s: resumed after update %d of %d", name, self._cursor.step, self._cursor.program.updates)
+        log.warning("%s: resumed after update %d of %d", name, self._cursor.step, self._cursor.program.updates)
         if differing:
             now = self._source.settings()
             shown = "; ".join(f"{key} {was} saved, {is_} given, {now[key]} in force" for key, was, is_ in differing)

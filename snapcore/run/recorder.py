@@ -14,6 +14,7 @@ from typing import Literal, Self, TypeVar
 from snapcore.backend import Pending, resolved
 from snapcore.errors import ProtocolError
 from snapcore.protocol import FINISHED, NOTHING, Cursor, Event, Program, Restart, Snapshot, Stop, as_program
+from snapcore.run.batches import EpochBatches
 from snapcore.run.group import Alone, Group, in_first
 from snapcore.run.loop_warning import warn_at_loop
 from snapcore.run.points import ResumePoints
@@ -241,7 +242,9 @@ class Recorder:
         """
         return self.epochs.walk(loader, stateful=stateful)
 
-    def epochs_of(self, loader: Iterable[Batch], *, stateful: bool = False) -> Iterator[tuple[int, Iterator[Batch]]]:
+    def epochs_of(
+        self, loader: Iterable[Batch], *, stateful: bool = False
+    ) -> Iterator[tuple[int, EpochBatches[Batch]]]:
         """Yield (epoch, its batches) until the program stops; after a resume, from the epoch it was in.
 
         See `Epochs.epochs`.
@@ -304,7 +307,7 @@ class Recorder:
         stopped = FINISHED if last == self.program.updates else None
         self.cursor.load_state_dict({"step": last, "taken": len(at.members), "last": last, "stopped": stopped})
         if at.step:
-            log.info("%s: resumed after update %d of %d", self._name, at.step, self.program.updates)
+            log.warning("%s: resumed after update %d of %d", self._name, at.step, self.program.updates)
         self._rehearse(before_training=True)
         # What is due at this very step was not taken before the checkpoint, which has the weights for it.
         return self.record(at.step - last, late="take")

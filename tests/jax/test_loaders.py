@@ -233,7 +233,8 @@ def test_epochs_come_with_their_number_and_after_a_resume_with_the_batches_that_
             with SnapshotRun(directory, CYCLES, resume_every=1) as run:
                 params, state = run.start(params, state)
                 for epoch, batches in run.epochs(OwnGenerator()):
-                    for batch in batches:
+                    for number, batch in enumerate(batches, batches.start):
+                        assert number == run.updates % 8
                         seen.append((epoch, batch.tolist()))
                         updates, state = TX.update(params, state)
                         params, state = run.step(params + updates, state)

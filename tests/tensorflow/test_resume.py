@@ -238,7 +238,8 @@ def walk_epochs(directory, killed=None):
     loop.begin()
     with SnapshotRun(directory, CYCLES, loop.model, loop.optimizer, resume_every=1) as run:
         for epoch, batches in run.epochs(range(5)):
-            for index in batches:
+            for number, index in enumerate(batches, batches.start):
+                assert number == index
                 loop.update(tf.constant(DATA[index]))
                 run.step()
                 seen.append((epoch, index))

@@ -286,6 +286,34 @@ def test_epochs_are_counted_on_and_what_follows_each_is_done_once_more_at_most(t
     assert members(tmp_path / "parts") == members(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("stop_at", [2, 3, 5, 8])
+def test_gradients_accumulated_by_the_number_of_a_batch_make_the_same_updates_after_a_resume(tmp_path, stop_at):
+    """Two micro-batches an update, and the last of five alone, as loops write it with the length of the loader."""
+
+    def train(directory, stop_at=None, *, first=False):
+        scrambled()
+        loader = HERE["shuffled"]()
+        if first:
+            seed_all(loader)
+        model = nn.Linear(3, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with SnapshotRun(directory, CYCLES, model, optimizer) as run:
+            for _, batches in run.epochs(loader):
+                for number, x in enumerate(batches, batches.start):
+                    model(x).square().mean().backward()
+                    if (number + 1) % 2 == 0 or number + 1 == len(loader):
+                        optimizer.step()
+                        optimizer.zero_grad()
+                    run.step()
+                    if run.updates == stop_at:
+                        return
+
+    train(tmp_path / "whole", first=True)
+    train(tmp_path / "parts", stop_at, first=True)
+    train(tmp_path / "parts")
+    assert members(tmp_path / "parts") == members(tmp_path / "whole")
+
+
 def test_the_plain_form_resumes_at_the_epoch_after_the_last_one(tmp_path):
     """`range(run.updates // len(loader), E)`, with an order that is a function of the epoch."""
 
