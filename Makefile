@@ -10,13 +10,13 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 # The core's own tests need no framework, and cover its every branch.
-CORE := tests/core tests/conformance/test_numpy.py tests/conformance/test_numpy_run.py
+CORE := tests/core tests/fuzz tests/conformance/test_numpy.py tests/conformance/test_numpy_run.py
 # JAX and TensorFlow run threads, and a process with threads is not to be forked, which data loaders do: each has its own run.
 THREADED := tests/jax tests/keras tests/tensorflow tests/parity tests/lab tests/test_docs.py \
   tests/conformance/test_jax.py tests/conformance/test_keras.py tests/conformance/test_tensorflow.py
 FORKING := tests $(addprefix --ignore=,$(CORE) $(THREADED))
 
-.PHONY: demo test durability lint bench gpu docs clean
+.PHONY: demo test exhaustive durability fuzz lint bench gpu docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/snapcore train
@@ -36,11 +36,19 @@ test: $(VENV)/.test
 	$(ONE_THREAD) $(ONE_CACHE) $(PYTEST) $(THREADED) \
 	  --doctest-modules --pyargs snapcore snapcore_torch snapcore_jax snapcore_keras snapcore_tensorflow
 
+# What make test leaves out: the same promises on other backends, with more seeds, and by real kills.
+exhaustive: $(VENV)/.test
+	SNAPCORE_EXHAUSTIVE=only $(ONE_THREAD) $(ONE_CACHE) $(PYTEST) $(FORKING)
+	SNAPCORE_EXHAUSTIVE=only $(ONE_THREAD) $(ONE_CACHE) $(PYTEST) $(THREADED)
+
 versions:
 	$(ONE_THREAD) $(PYTHON) tests/packaging/versions.py $(PYTHONS)
 
 durability: $(VENV)/.test
 	SNAPCORE_KILLS=100 SNAPCORE_DAMAGE=10000 $(ONE_THREAD) $(BIN)/python -m pytest tests/durability -n 2 -q $(ARGS)
+
+fuzz: $(VENV)/.test
+	$(ONE_THREAD) $(BIN)/python -m tests.fuzz $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .

@@ -394,7 +394,10 @@ def as_probabilities(values: npt.ArrayLike, subject: str) -> npt.NDArray[Any]:
         raise DataError(f"{subject} must be real numbers, got dtype {array.dtype}")
     # min and max carry NaN along and need no array of their own
     if array.size and not (float(array.min()) >= -ROUNDING and float(array.max()) <= 1 + ROUNDING):
-        raise DataError(f"{subject} must be finite and in 0..1, got {_first_outside(array)}; apply softmax first")
+        exact = array.astype(np.float64)
+        position = np.argwhere(~((exact >= -ROUNDING) & (exact <= 1 + ROUNDING)))[0]
+        found = f"{exact[tuple(position)]:g} at {position.tolist()}"
+        raise DataError(f"{subject} must be finite and in 0..1, got {found}; apply softmax first")
     return array
 
 
@@ -432,12 +435,6 @@ def _as_array(values: npt.ArrayLike, subject: str) -> npt.NDArray[Any]:
         return np.asarray(values)
     except ValueError as exc:
         raise DataError(f"{subject} must be a regular array of numbers: {exc}") from exc
-
-
-def _first_outside(array: npt.NDArray[Any]) -> str:
-    values = array.astype(np.float64)
-    position = np.argwhere(~((values >= -ROUNDING) & (values <= 1 + ROUNDING)))[0]
-    return f"{values[tuple(position)]:g} at {position.tolist()}"
 
 
 def _checked(

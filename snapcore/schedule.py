@@ -23,6 +23,10 @@ Remainder = Literal["paper", "even"]
 _ANNEALED = 0.01  # the most that is left of lr - lr_min at the end of an annealing
 _SHORTEST = 16  # the shortest cycle that anneals so far: its last rate is sin²(π/2L) of the way up
 
+# No training reaches these, so that a schedule read from a forged file costs neither time nor memory. Python's floats
+# count to 2⁵³, and a run directory holds a million members.
+_MOST_STEPS, _MOST_MEMBERS, _MOST_MILESTONES = 2**53, 10**6, 1000
+
 
 class Ops(Protocol):
     """The handful of operations a schedule is made of; `step` may be whatever they accept."""
@@ -142,6 +146,7 @@ class Schedule:
         lr, steps = _rate_value("lr", self.lr), _whole("steps", self.steps)
         _require(lr > 0, f"lr must be above 0, got {lr}")
         _require(steps >= 1, f"steps must be 1 or more, got {steps}: count optimizer updates, epochs * len(loader)")
+        _require(steps <= _MOST_STEPS, f"steps must be at most {_MOST_STEPS}, got {steps}")
         self._set(lr=lr, steps=steps)
 
 
@@ -264,6 +269,7 @@ class CosineCycles(Schedule):
         _require(0 <= warmup < steps, f"warmup_steps must be in 0..steps-1={steps - 1}, got {warmup}")
         room = f"steps={steps}" if warmup == 0 else f"steps-warmup_steps={steps - warmup}"
         _require(1 <= cycles <= steps - warmup, f"cycles must be in 1..{room}, got {cycles}")
+        _require(cycles <= _MOST_MEMBERS, f"cycles must be at most {_MOST_MEMBERS}, got {cycles}")
         choices = get_args(Remainder)
         _require(self.remainder in choices, f"remainder must be one of {choices}, got {self.remainder!r}")
         self._set(lr_min=lr_min, cycles=cycles, warmup_steps=warmup)
@@ -328,8 +334,13 @@ class StepDecay(Schedule):
         milestones = tuple(_rate_value("milestones", share) for share in self.milestones)
         _require(factor > 0, f"factor must be above 0, got {factor}")
         _require(1 <= snapshots <= self.steps, f"snapshots must be in 1..steps={self.steps}, got {snapshots}")
+        _require(snapshots <= _MOST_MEMBERS, f"snapshots must be at most {_MOST_MEMBERS}, got {snapshots}")
         ascending = all(a <= b for a, b in zip((0.0, *milestones), (*milestones, 1.0), strict=True))
         _require(ascending, f"milestones must be shares in 0..1, not descending, got {milestones}")
+        count = len(milestones)
+        _require(count <= _MOST_MILESTONES, f"milestones must be at most {_MOST_MILESTONES}, got {count}")
+        highest = max(math.log2(self.lr), 0) + count * math.log2(factor)
+        _require(highest < 1023, f"lr={self.lr} · factor={factor} ** {count} milestones must be finite")
         self._set(factor=factor, snapshots=snapshots, milestones=milestones)
 
 

@@ -1,7 +1,7 @@
 """Scripts in processes of their own that have a framework's imports behind them: for TensorFlow six seconds each.
 
 The standard library's fork server imports, begins no thread, and forks. What a test asks of such a process is what it
-would ask of any: that it writes, is killed, and goes on.
+would ask of any: that it writes, is killed, and resumes.
 """
 
 import multiprocessing

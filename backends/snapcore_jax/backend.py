@@ -144,7 +144,9 @@ class JaxBackend:
     def logits(self, state: JaxState, x: NDArray[Any]) -> NDArray[np.float32]:
         """Return the outputs in evaluation mode; the state is left alone."""
         # One device will do; each of a mesh has all of the weights.
-        arrays = jax.tree.map(_on_one_device, (state.training.params, state.loop.keys, state.training.others))
+        arrays = jax.tree.map(
+            lambda array: array.addressable_data(0), (state.training.params, state.loop.keys, state.training.others)
+        )
         starts = range(0, max(len(x), 1), _EVALUATION_BATCH)
         batches = [np.asarray(x[start : start + _EVALUATION_BATCH]) for start in starts]
         return np.concatenate([np.asarray(_evaluated(state.evaluation, arrays, batch)) for batch in batches])
@@ -215,10 +217,6 @@ def _rest(state: JaxState) -> dict[str, Any]:
 
 def _on_devices(mesh: Mesh | None, tree: Any) -> Any:
     return jax.device_put(tree) if mesh is None else jax.device_put(tree, whole(mesh))
-
-
-def _on_one_device(array: jax.Array) -> jax.Array:
-    return array.addressable_data(0)
 
 
 def _automatic(mesh: Mesh, data: Data) -> Mesh:

@@ -66,7 +66,10 @@ class Memory:
     def state(self) -> dict[str, Any]:
         """Return the states of generators, and the numbers that have changed, as plain JSON."""
         generators = [_generator_state(each) for each in self._generators]
-        numbers = [{name: own[name] for name in own if own[name] != old.get(name)} for own, old in self._pairs()]
+        numbers = [
+            {name: own[name] for name in own if own[name] != old.get(name)}
+            for own, old in zip(self._numbers(), self._begun, strict=True)
+        ]
         return {"generators": generators, "numbers": numbers}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -103,7 +106,8 @@ class Memory:
         self.drawn = drawn
         for dataset, before in zip(self._datasets, drawn, strict=True):
             for _ in range(before + epochs - _drawn.get(dataset, 0)):
-                _walk(dataset)
+                iter(dataset)
+                _drawn[dataset] = _drawn.get(dataset, 0) + 1
             if _drawn.get(dataset, 0) > before + epochs:
                 raise ProtocolError(
                     "the tf.data.Dataset has been walked before in this process, and its shuffles cannot go back: "
@@ -120,9 +124,6 @@ class Memory:
             {name: value for name, value in held.items() if type(value) in kinds and math.isfinite(value)}
             for held in self._holders
         ]
-
-    def _pairs(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        return zip(self._numbers(), self._begun, strict=True)
 
 
 class _Counted(Generic[Batch]):
@@ -148,11 +149,6 @@ def set_torch_state(state: str | None) -> None:
     torch = sys.modules.get("torch")
     if torch is not None and state is not None:
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8))
-
-
-def _walk(dataset: Any) -> None:
-    iter(dataset)
-    _drawn[dataset] = _drawn.get(dataset, 0) + 1
 
 
 def _refuse_unseeded(dataset: Any) -> None:

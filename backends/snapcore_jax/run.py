@@ -8,43 +8,29 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
 from snapcore import CycleWarning, Program, ProtocolError, Schedule
-from snapcore.protocol import OptimizerState, Snapshot, as_program
-from snapcore.run import CountedRun, Recorder
-from snapcore.store import Tensors, read_point
+from snapcore.protocol import Snapshot, as_program
+from snapcore.run import CountedRun, EpochBatches, Recorder
+from snapcore.store import read_point
 from snapcore_jax.counting import (
     Optimizer,
     follows_schedule,
     injected_rates,
-    injected_settings,
     number,
-    optimizer_name,
     read_count,
     read_other_counts,
     refuse_strangers,
-    with_new_moments,
 )
 from snapcore_jax.distributed import own_group
 from snapcore_jax.donation import donated, refuse_unusable
-from snapcore_jax.loaders import Memory, set_torch_state, torch_state
 from snapcore_jax.schedule import ASKED, refuse_uncountable
-from snapcore_jax.state import (
-    Copy,
-    dump_extras,
-    dump_training,
-    load_extras,
-    load_training,
-    named_leaves,
-    sums,
-    with_parts,
-)
+from snapcore_jax.source import MISSING, Source, parts_of
+from snapcore_jax.state import sums
 
 Batch = TypeVar("Batch")
 Variables = TypeVar("Variables")
 Rest = TypeVar("Rest")
 
 log = logging.getLogger("snapcore")
-
-_MISSING: Any = object()
 
 
 class SnapshotRun:
@@ -125,8 +111,8 @@ class SnapshotRun:
                 "a function from variables to a new optimizer state"
             )
         refuse_uncountable(program.schedule)
-        self._optimizer, self._count, self._rate, self._extras = optimizer, count, rate, dict(state or {})
-        self._source = self._Source(self, init)
+        self._count, self._rate = count, rate
+        self._source = Source(init, optimizer, state)
         self._recorder = Recorder(
             directory,
             cycles_or_program,
@@ -142,9 +128,7 @@ class SnapshotRun:
         self._counted = CountedRun(
             self._recorder, self._read_count, hands_back=True, check=self._check, used_rate=self._used_rate
         )
-        self._variables = self._rest = _MISSING
         self._begun = self._rate_checked = False
-        self._resumable = True
         self._sums: dict[str, float] | None = None
         self._others: tuple[int, list[int]] | None = None
 
@@ -167,7 +151,7 @@ class SnapshotRun:
     def start(self, variables: Variables) -> Variables: ...
     @overload
     def start(self, variables: Variables, rest: Rest) -> tuple[Variables, Rest]: ...
-    def start(self, variables: Any, rest: Any = _MISSING) -> Any:
+    def start(self, variables: Any, rest: Any = MISSING) -> Any:
         """Return what to begin with: what is given, or what was saved if there is a run to resume.
 
         Arguments:
@@ -187,11 +171,11 @@ class SnapshotRun:
         """
         if self._begun:
             raise ProtocolError("run.start is called once, before the first run.step")
-        refuse_unusable(_parts(variables, rest))
+        refuse_unusable(parts_of(variables, rest))
         self._begin(variables, rest)
-        refuse_strangers(variables, self._rest_or_nothing())
+        refuse_strangers(variables, self._source.rest_or_nothing)
         self._recorder.start()
-        if self._resumable:
+        if self._source.resumable:
             count = self._read_count()
             self._counted.begun_at = None if count is None else count - self._cursor.step
             if self._counted.begun_at:
@@ -201,15 +185,15 @@ class SnapshotRun:
                     self._recorder.directory,
                     self._counted.begun_at,
                 )
-            self._sums = None if count is None else sums(self._variables)
+            self._sums = None if count is None else sums(self._source.variables)
             self._note_other_counts()
-        return self._held()
+        return self._source.hand_back()
 
     @overload
     def step(self, variables: Variables) -> Variables: ...
     @overload
     def step(self, variables: Variables, rest: Rest) -> tuple[Variables, Rest]: ...
-    def step(self, variables: Any, rest: Any = _MISSING) -> Any:
+    def step(self, variables: Any, rest: Any = MISSING) -> Any:
         """Record the update just done, take what is due, and return what to continue with.
 
         Arguments:
@@ -229,17 +213,17 @@ class SnapshotRun:
             CycleWarning: once, if an update was done at another rate than the schedule's, or if that cannot be seen.
         """
         if self._counted.may_be_due() or self._recorder.asked_to_stop:
-            refuse_unusable(_parts(variables, rest))
+            refuse_unusable(parts_of(variables, rest))
         self._take_in(variables, rest)
         self._recorder.epochs.settle()
         if not self._counted.call():
             self._recorder.record(0)  # raises what the writer has met
-            return self._held()
+            return self._source.hand_back()
         self._counted.look()
         self._note_other_counts()
-        held = self._held()
+        held = self._source.hand_back()
         if self.finished:
-            self._let_go()
+            self._source.let_go()
         return held
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
@@ -253,20 +237,22 @@ class SnapshotRun:
         Raises:
             ProtocolError: a `tf.data.Dataset` is shuffled without a seed, or was walked before the run was resumed.
         """
-        return self._counted.batches(self._source.use(loader), stateful=self._is_stateful(loader))
+        epoch = self._recorder.epochs.state_dict()["epoch"]
+        return self._counted.batches(self._source.use(loader, epoch), stateful=self._source.is_stateful(loader))
 
-    def epochs(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Iterator[Batch]]]:
+    def epochs(self, loader: Iterable[Batch]) -> Iterator[tuple[int, EpochBatches[Batch]]]:
         """Yield each epoch's number, from 0, and its batches, until the program stops; see `batches`.
 
         After a resume the first is the epoch that was under way, with the batches that are left of it.
         """
-        return self._counted.epochs_of(self._source.use(loader), stateful=self._is_stateful(loader))
+        epoch = self._recorder.epochs.state_dict()["epoch"]
+        return self._counted.epochs_of(self._source.use(loader, epoch), stateful=self._source.is_stateful(loader))
 
     def finish(self, reason: str) -> None:
         """End early, with an unfinished member if an update was done since the last one."""
-        refuse_unusable(self._parts())
+        refuse_unusable(self._source.parts)
         self._counted.finish(reason)
-        self._let_go()
+        self._source.let_go()
 
     def close(self) -> None:
         """Wait for the writer and raise its error, if it has one; a run left early may be opened again."""
@@ -283,13 +269,9 @@ class SnapshotRun:
     def _close(self, *, exact: bool) -> None:
         try:
             # With an array donated, the loop was left between an update and its step.
-            self._counted.close(exact=exact and not donated(self._parts()))
+            self._counted.close(exact=exact and not donated(self._source.parts))
         finally:
-            self._let_go()
-
-    def _let_go(self) -> None:
-        """Hold nothing: nothing more is copied, and the memory is the loop's."""
-        self._variables = self._rest = _MISSING
+            self._source.let_go()
 
     def _take_in(self, variables: Any, rest: Any) -> None:
         if not self._begun:
@@ -299,17 +281,17 @@ class SnapshotRun:
                     "variables, rest = run.start(variables, rest), which gives back what was saved"
                 )
             self._begin(variables, rest)
-            self._rest = rest
+            self._source.rest = rest
             self._counted.begun_at = None if self._read_count() is None else 0
-        if (rest is not _MISSING) != self._resumable:
+        if (rest is not MISSING) != self._source.resumable:
             raise ProtocolError(
                 "give run.step the rest (optimizer state, keys) at every update and at run.start, or never"
             )
-        self._variables, self._rest = variables, rest
+        self._source.variables, self._source.rest = variables, rest
 
     def _begin(self, variables: Any, rest: Any) -> None:
-        self._resumable = rest is not _MISSING
-        if not self._resumable:
+        self._source.resumable = rest is not MISSING
+        if not self._source.resumable:
             if self._recorder.program.between.optimizer == "reset":
                 raise ProtocolError(
                     f"{self._recorder.program.method} resets the optimizer: give run.start its state too"
@@ -319,26 +301,14 @@ class SnapshotRun:
                 "variables, rest = run.start(variables, rest)",
                 self._recorder.directory,
             )
-        self._variables, self._rest = variables, rest
+        self._source.variables, self._source.rest = variables, rest
         self._begun = True
 
-    def _held(self) -> Any:
-        return (self._variables, self._rest) if self._resumable else self._variables
-
-    def _parts(self) -> dict[str, Any]:
-        return _parts(self._variables, self._rest)
-
-    def _rest_or_nothing(self) -> Any:
-        return self._rest if self._resumable else ()
-
-    def _is_stateful(self, loader: object) -> bool:
-        return any(loader is each for each in self._extras.values())
-
     def _read_count(self) -> int | None:
-        refuse_unusable(self._parts())
+        refuse_unusable(self._source.parts)
         if self._count is None:
             return None
-        count = self._count(self._rest_or_nothing())
+        count = self._count(self._source.rest_or_nothing)
         return None if count is None else number(count)
 
     def _check(self, new: int, calls: int) -> None:  # noqa: ARG002
@@ -350,7 +320,7 @@ class SnapshotRun:
         if self._counted.begun_at is None and self._count is not None and self._others is not None:
             step, before = self._others
             counted = self._cursor.step + new - step
-            for count, earlier in zip(read_other_counts(self._rest_or_nothing()), before, strict=True):
+            for count, earlier in zip(read_other_counts(self._source.rest_or_nothing), before, strict=True):
                 if count - earlier != counted:
                     raise ProtocolError(
                         f"{counted} calls of run.step have come, but the optimizer has counted {count - earlier} "
@@ -363,7 +333,7 @@ class SnapshotRun:
     def _refuse_unseen(self) -> None:
         """Refuse an optimizer's state that has counted nothing, while all of the weights have changed."""
         before, self._sums = self._sums, None
-        now = sums(self._variables) if before else {}
+        now = sums(self._source.variables) if before else {}
         if before and not any(before.get(name) == value for name, value in now.items()):
             raise ProtocolError(
                 "all weights have changed, but the optimizer's state in `rest` has counted no update: give run.step "
@@ -373,13 +343,13 @@ class SnapshotRun:
     def _note_other_counts(self) -> None:
         """Remember what Adam and its like have counted, to compare with the calls that come."""
         if self._counted.begun_at is None and self._count is not None and not self.finished:
-            self._others = self._cursor.step, read_other_counts(self._rest_or_nothing())
+            self._others = self._cursor.step, read_other_counts(self._source.rest_or_nothing)
 
     def _check_rate_is_known(self, step: int) -> None:
         schedule = self._recorder.program.schedule
-        if not self._resumable or schedule in ASKED or self._used_rate(step) is not None:
+        if not self._source.resumable or schedule in ASKED or self._used_rate(step) is not None:
             return
-        if follows_schedule(self._rest):
+        if follows_schedule(self._source.rest):
             raise ProtocolError(
                 "the optimizer follows another schedule than this run's: build it with snapshot_schedule(cycles), or "
                 "pass rate=, the schedule that it was built with"
@@ -398,7 +368,7 @@ class SnapshotRun:
             rate = self._rate((begun_at or 0) + step) if callable(self._rate) else self._rate
             return float(rate), "what was passed as rate="
         planned = schedule(step)
-        rates = injected_rates(self._rest_or_nothing())
+        rates = injected_rates(self._source.rest_or_nothing)
         if rates:
             used, rounding = min(rates, key=lambda each: abs(each[0] - planned))
             near = abs(used - planned) <= rounding * schedule.lr
@@ -407,72 +377,3 @@ class SnapshotRun:
             (other,) = ASKED
             return other(begun_at + step), f"snapshot_schedule({other})"
         return None
-
-    class _Source:
-        """What is being trained, as the recorder sees it."""
-
-        def __init__(self, run: "SnapshotRun", init: Callable[[int], Any] | None) -> None:
-            self._run, self._init = run, init
-            self._memory: Memory | None = None
-            self._resumed: dict[str, Any] | None = None
-            self._drawn: list[int] = []
-
-        @property
-        def fresh(self) -> Callable[[int], Copy] | None:
-            init = self._init
-            return None if init is None else lambda member: Copy(named_leaves(init(member), random=False))
-
-        def use(self, loader: Iterable[Batch]) -> Iterable[Batch]:
-            """Take in the loader about to be walked, after a resume as it was."""
-            if self._memory is None or self._memory.loader is not loader:
-                self._memory = Memory(loader, resumable=self._run._resumable)
-            if self._resumed is not None and self._resumed["loader"] is not None:
-                self._memory.set_state(self._resumed["loader"])
-                self._memory.draw_again(self._drawn, self._run._recorder.epochs.state_dict()["epoch"])
-            self._resumed = None
-            return self._memory.walked(loader)
-
-        def capture(self) -> Copy:
-            return Copy(named_leaves(self._run._variables, random=False))
-
-        def restore(self, tensors: Tensors | None, *, optimizer: OptimizerState) -> None:
-            run = self._run
-            if tensors is not None:
-                parts = run._variables, run._rest_or_nothing()
-                run._variables, rest = with_parts(parts, (tensors, None), "a restart's member", random=False)
-                run._rest = rest if run._resumable else _MISSING
-            if optimizer == "reset":
-                run._rest = with_new_moments(run._optimizer, run._variables, run._rest)
-
-        def dump(self) -> tuple[Copy, dict[str, Any]] | None:
-            run = self._run
-            if not run._resumable:
-                return None
-            drawn = [] if self._memory is None else self._memory.drawn
-            return dump_training(run._variables, run._rest), {"state": dump_extras(run._extras), "drawn": drawn}
-
-        def load(self, tensors: Tensors, values: dict[str, Any]) -> None:
-            run = self._run
-            run._variables, run._rest = load_training(run._variables, run._rest_or_nothing(), tensors)
-            load_extras(run._extras, values["state"])
-            self._drawn = values["drawn"]
-
-        def settings(self) -> dict[str, str | float | bool | None]:
-            rest = self._run._rest_or_nothing()
-            name = optimizer_name(rest)
-            return {**injected_settings(rest), **({"optimizer": name} if name else {})}
-
-        def random_state(self) -> dict[str, Any]:
-            """Return the states that loaders draw from; JAX's own keys are among the arrays."""
-            return {"torch": torch_state(), "loader": None if self._memory is None else self._memory.state()}
-
-        def set_random_state(self, state: dict[str, Any]) -> None:
-            set_torch_state(state["torch"])
-            if self._memory is None:
-                self._resumed = state  # the loader is not known yet
-            elif state["loader"] is not None:
-                self._memory.set_state(state["loader"])
-
-
-def _parts(variables: Any, rest: Any) -> dict[str, Any]:
-    return {name: part for name, part in (("variables", variables), ("rest", rest)) if part is not _MISSING}

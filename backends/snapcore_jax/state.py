@@ -77,7 +77,7 @@ def load_training(variables: Any, rest: Any, tensors: Tensors, what: str = "the 
 
 
 def sums(variables: Any) -> dict[str, float]:
-    """Return the sum of each array of floating-point weights by name: what can tell that it has changed."""
+    """Return the sum of each array of floating-point weights by name: which shows that it has changed."""
     arrays = {
         name: value
         for name, value in named_leaves(variables, random=False).items()

@@ -122,7 +122,9 @@ class _Flat(NamedTuple):
 
 
 def _flatten(trees: tuple[Any, ...]) -> _Flat:
-    pairs, treedef = tree_flatten_with_path(trees, is_leaf=_is_object)
+    pairs, treedef = tree_flatten_with_path(
+        trees, is_leaf=lambda value: _is_nnx(value) or _is(value, "equinox", "Module")
+    )
     opened = [None if _is_nnx(value) else _opened(path, value) for path, value in pairs]
     shared = [(path, value) for path, value in pairs if _is_nnx(value)]
     together = _opened_together(shared) if shared else _Flat([], lambda _: [])
@@ -184,10 +186,6 @@ def _opened_equinox(path: _Path, module: Any) -> _Flat:
 
 def _leaf(path: _Path, value: Any, *, random: bool) -> _Leaf:
     return _Leaf(path[0].idx, path[1:], value, random)
-
-
-def _is_object(value: Any) -> bool:
-    return _is_nnx(value) or _is(value, "equinox", "Module")
 
 
 def _is_nnx(value: Any) -> bool:

@@ -81,7 +81,8 @@ class KerasBackend:
         module = built(model, data, seed, member, precision)
         rate = SnapshotSchedule(program.schedule)
         chosen = make_optimizer(optimizer, rate, momentum=momentum, weight_decay=weight_decay, velocity=velocity)
-        module.compile(chosen, keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=_compiles())
+        compiles = False if keras.backend.backend() == "torch" else "auto"
+        module.compile(chosen, keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=compiles)
         chosen.build(module.trainable_variables)
         return KerasState(module, chosen, data, seed)
 
@@ -160,10 +161,6 @@ def _computing(policy: str) -> Iterator[None]:
         yield
     finally:
         keras.config.set_dtype_policy(callers)
-
-
-def _compiles() -> str | bool:
-    return False if keras.backend.backend() == "torch" else "auto"
 
 
 if TYPE_CHECKING:

@@ -70,8 +70,8 @@ class OutputCheck:
             found = self._found(self._members[0], args, kwargs)
         except Exception as error:
             error.add_note(
-                "This came of a batch of zeros, by which a model is checked where there are no values. Call the "
-                "ensemble on a batch of your own first: then that is checked instead."
+                "this came of a batch of zeros, which checks a model where there are no values: call the ensemble on a "
+                "batch of your own first"
             )
             raise
         if found is not None and np.isfinite(found.astype(np.float64)).all():  # else all is masked

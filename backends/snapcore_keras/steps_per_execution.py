@@ -27,14 +27,12 @@ def check_cycles(schedule: Schedule, per_execution: int, accumulation: int) -> N
     if all(step % unit == 0 for step in due):
         return
     length, warmup = max(schedule.cycle_lengths), schedule.cycle_starts[0]
-    fitting = _nearest(length, unit)
     begin = _nearest(warmup, unit)[0] if warmup else 0
-    steps = " or ".join(str(begin + len(due) * each) for each in fitting)
+    steps = " or ".join(str(begin + len(due) * each) for each in _nearest(length, unit))
     raise ScheduleError(
         f"a cycle of {length} updates{f' after a warm-up of {warmup}' if warmup else ''} is no whole number of "
-        f"executions of {per_execution} batches{f', {accumulation} to an update' if accumulation > 1 else ''}: the "
-        f"nearest that is has {' or '.join(map(str, fitting))} updates, that is "
-        f"{f'warmup_steps={begin} and ' if begin != warmup else ''}steps={steps}; or pass "
+        f"executions of {per_execution} batches{f', {accumulation} to an update' if accumulation > 1 else ''}: "
+        f"pass {f'warmup_steps={begin} and ' if begin != warmup else ''}steps={steps}, or "
         f"steps_per_execution={math.gcd(per_execution, *(step * accumulation for step in due))}"
     )
 

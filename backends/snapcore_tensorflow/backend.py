@@ -95,7 +95,14 @@ class TensorFlowBackend(KerasBackend):
             module = built(model, data, seed, member, precision)
             rate = float(program.schedule(0))
             chosen = make_optimizer(optimizer, rate, momentum=momentum, weight_decay=weight_decay, velocity=velocity)
-            _check_optimizer(chosen)
+            if not has_plain_rate(chosen):
+                raise DataError(
+                    "the optimizer must be made with the rate it is given, a number; it has a schedule of its own"
+                )
+            if innermost(chosen).gradient_accumulation_steps:
+                raise DataError(
+                    "the optimizer must do an update with every batch: make it without gradient_accumulation_steps"
+                )
             chosen.build(module.trainable_variables)
         loop = Loop(module, chosen, data, program.schedule, strategy=strategy, xla=xla)
         return TensorFlowState(module, chosen, data, seed, strategy=strategy, loop=loop)
@@ -136,13 +143,6 @@ def _check_sharing(strategy: Any, data: Data, xla: bool) -> None:
         )
     if xla:
         raise DataError("XLA compiles for one device here: pass xla=True or strategy=, not both")
-
-
-def _check_optimizer(optimizer: Any) -> None:
-    if not has_plain_rate(optimizer):
-        raise DataError("the optimizer must be made with the rate it is given, a number; it has a schedule of its own")
-    if innermost(optimizer).gradient_accumulation_steps:
-        raise DataError("the optimizer must do an update with every batch: make it without gradient_accumulation_steps")
 
 
 def _let_memory_grow() -> None:

@@ -34,10 +34,14 @@ class TensorFlowGroup:
                 f"several processes need a tf.distribute.MultiWorkerMirroredStrategy, and TF_CONFIG set in each of "
                 f"them before it is made; got a {type(strategy).__name__} without workers"
             )
-        self._strategy, resolver = strategy, strategy.cluster_resolver
+        resolver = strategy.cluster_resolver
         self.rank = tasks.index((resolver.task_type, resolver.task_id))
         self.size = len(tasks)
-        self._collect = tf.function(self._collected, [tf.TensorSpec([None], tf.int32)], autograph=False)
+
+        def collect(array: Any) -> Any:
+            return strategy.gather(strategy.run(lambda: array[None]), axis=0)
+
+        self._collect = tf.function(collect, [tf.TensorSpec([None], tf.int32)], autograph=False)
 
     def gather(self, value: Any) -> list[Any]:
         """Return every process's value, by rank.
@@ -55,9 +59,6 @@ class TensorFlowGroup:
         found: NDArray[np.int32] = self._collect(array).numpy()
         local = len(found) // self.size
         return found[::local]  # every replica of a process gives the same
-
-    def _collected(self, array: Any) -> Any:
-        return self._strategy.gather(self._strategy.run(lambda: array[None]), axis=0)
 
 
 def current_group(strategy: Any) -> Group | None:

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from snapcore import Program, ProtocolError, Schedule, Snapshot
 from snapcore.protocol import as_program
+from snapcore.run import EpochBatches
 from snapcore_keras.run import FreshWeights, KerasRun, check_kinds
 from snapcore_keras.schedule import SnapshotSchedule, check_rate, innermost
 from snapcore_tensorflow.distributed import current_group
@@ -171,7 +172,7 @@ class SnapshotRun:
         """
         return self._run.batches(self._walked(loader))
 
-    def epochs(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Iterator[Batch]]]:
+    def epochs(self, loader: Iterable[Batch]) -> Iterator[tuple[int, EpochBatches[Batch]]]:
         """Yield each epoch's number, from 0, and its batches, until the program stops.
 
         After a resume the first is the epoch that was under way, with the batches that are left of it. The order is

@@ -79,7 +79,12 @@ class Loop:
         losses = tf.TensorArray(tf.float32, CHUNK, element_shape=())
         begun = tf.constant(0), losses
         _, losses = tf.while_loop(lambda index, _: index < number, update, begun, parallel_iterations=1)
-        return self._summed(losses.stack())
+        losses = losses.stack()
+        if self._replicas == 1:
+            return losses
+        # The sums over all workers, at once for a chunk.
+        local = len(self._strategy.experimental_local_results(self._labels))
+        return self._strategy.reduce("SUM", self._strategy.run(lambda: losses / local), axis=None)
 
     def _update(self, examples: Any, labels: Any, rows: Any) -> Any:
         """Do one replica's part of an update; return its share of the loss."""
@@ -97,13 +102,6 @@ class Loop:
         parameters = self._model.trainable_variables
         self._optimizer.apply(tape.gradient(scaled, parameters), parameters)  # which adds up all replicas' gradients
         return loss
-
-    def _summed(self, losses: Any) -> Any:
-        """Return the sums over all workers, at once for a chunk."""
-        if self._replicas == 1:
-            return losses
-        local = len(self._strategy.experimental_local_results(self._labels))
-        return self._strategy.reduce("SUM", self._strategy.run(lambda: losses / local), axis=None)
 
 
 def _report(chunk: tuple[int, int, Any] | None, report: Report) -> None:

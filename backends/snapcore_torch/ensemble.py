@@ -269,9 +269,6 @@ class SnapshotEnsemble(nn.Module):
             return torch.sigmoid(outputs)
         return self._activation(outputs) if callable(self._activation) else outputs
 
-    def _probabilities(self, returned: Any) -> Tensor:
-        return self._activated(pick(returned, self._output, torch.is_tensor))
-
     def _run_stacked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         found = self._stack(args, kwargs)
         if self._unproven:
@@ -290,7 +287,9 @@ class SnapshotEnsemble(nn.Module):
     def _stack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if self._stacked is None:
             self._stacked = Stacked(self.models)  # type: ignore[arg-type]  # a ModuleList is a sequence, undeclared
-        return self._stacked(self._probabilities, *args, **kwargs)
+        return self._stacked(
+            lambda returned: self._activated(pick(returned, self._output, torch.is_tensor)), *args, **kwargs
+        )
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self._stacked = None  # the members move or change their type

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from snapcore import Program, ProtocolError, Schedule, Snapshot
 from snapcore.protocol import OptimizerState
-from snapcore.run import Group, Position, Recorder
+from snapcore.run import EpochBatches, Position, Recorder
 from snapcore.store import Tensors
 from snapcore_torch.counting import ParameterWatch, UpdateCount
 from snapcore_torch.distributed import copy_from_first, current_group, refuse_sharded
@@ -110,32 +110,10 @@ class SnapshotRun:
         on_member: Callable[[Snapshot], object] | None = None,
         metrics: Callable[[Snapshot], Mapping[str, float] | None] | None = None,
     ) -> None:
-        self._state = dict(state or {})
-        for name, each in self._state.items():
-            if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
-                raise ProtocolError(
-                    f"state= takes objects with state_dict and load_state_dict, got {type(each).__name__} as {name!r}"
-                )
-        check_optimizer(optimizer, model, self._state)
-        refuse_sharded(model)
-        members = model if weights is None else weights
-        named_tensors(members)
-        average = AverageCount(weights) if isinstance(weights, AveragedModel) else None
-        own = {"scaler": scaler, "average": average}
+        self._source = _Source(model, optimizer, weights=weights, scaler=scaler, state=state, init=init)
         self._optimizer, self._scaler = optimizer, scaler
         self._rates = GroupRates(optimizer, reference_lr)
         self._used_lr: float | None = None  # of the last update, if it was not the schedule's
-        group = current_group()
-        self._source = _Source(
-            members,
-            model,
-            optimizer,
-            {name: each for name, each in own.items() if each is not None},
-            self._state,
-            group=group,
-            average=average,
-            init=init,
-        )
         self._recorder = Recorder(
             directory,
             cycles_or_program,
@@ -143,7 +121,7 @@ class SnapshotRun:
             framework="torch",
             resume=resume,
             resume_every=resume_every,
-            group=group,
+            group=self._source.group,
             at=at,
             on_member=on_member,
             metrics=metrics,
@@ -211,15 +189,15 @@ class SnapshotRun:
         workers. New workers are started every epoch, those of `persistent_workers=True` too: nobody can save the
         random streams of older ones.
         """
-        return self._recorder.batches(self._walked(loader), stateful=self._is_state(loader))
+        return self._recorder.batches(self._walked(loader), stateful=self._source.is_stateful(loader))
 
-    def epochs(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Iterator[Batch]]]:
+    def epochs(self, loader: Iterable[Batch]) -> Iterator[tuple[int, EpochBatches[Batch]]]:
         """Yield (epoch, its batches), from epoch 0, until the program stops; otherwise as `batches`.
 
         After a resume the first is the epoch that was under way, with the batches that are left of it. If it was
         stopped after its last update none is left, and what the loop does at the end of an epoch is done then.
         """
-        return self._recorder.epochs_of(self._walked(loader), stateful=self._is_state(loader))
+        return self._recorder.epochs_of(self._walked(loader), stateful=self._source.is_stateful(loader))
 
     def extend(self) -> None:
         """Take in parameter groups that were added to the optimizer, at their ratio to the reference rate.
@@ -246,9 +224,6 @@ class SnapshotRun:
         self._source.use(loader)
         self._watch.settle()  # whatever was done to the weights between opening the run and training
         return with_new_workers(loader)
-
-    def _is_state(self, loader: object) -> bool:
-        return any(loader is each for each in self._state.values())
 
     def _before_update(self) -> None:
         if torch.compiler.is_compiling():  # what is read here would be compiled in
@@ -278,20 +253,30 @@ class _Source:
 
     def __init__(
         self,
-        members: nn.Module,
         model: nn.Module,
         optimizer: Optimizer,
-        own: Mapping[str, Any],
-        state: Mapping[str, Any],
         *,
-        group: Group,
-        average: AverageCount | None,
+        weights: nn.Module | None,
+        scaler: torch.amp.GradScaler | None,
+        state: Mapping[str, Any] | None,
         init: FreshWeights | None,
     ) -> None:
-        self._members, self._model, self._optimizer = members, model, optimizer
-        self._own, self._state = own, state
-        self._group, self._average, self._init = group, average, init
-        self._writes = group.rank == 0
+        self._state = dict(state or {})
+        for name, each in self._state.items():
+            if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
+                raise ProtocolError(
+                    f"state= takes objects with state_dict and load_state_dict, got {type(each).__name__} as {name!r}"
+                )
+        check_optimizer(optimizer, model, self._state)
+        refuse_sharded(model)
+        self._model, self._optimizer, self._init = model, optimizer, init
+        self._members = model if weights is None else weights
+        named_tensors(self._members)  # refuses what is no tensor
+        self._average = AverageCount(weights) if isinstance(weights, AveragedModel) else None
+        own = {"scaler": scaler, "average": self._average}
+        self._own = {name: each for name, each in own.items() if each is not None}
+        self.group = current_group()
+        self._writes = self.group.rank == 0
         self._generators: list[torch.Generator | SeedHolder] | None = None
         self._resumed: dict[str, Any] | None = None
 
@@ -307,6 +292,10 @@ class _Source:
 
         return fresh
 
+    def is_stateful(self, loader: object) -> bool:
+        """Return whether the loader's own position is in resume points."""
+        return any(loader is each for each in self._state.values())
+
     def use(self, loader: object) -> None:
         """Take in the generators of the loader about to be walked; after a resume, as they were."""
         self._generators = generators(loader)
@@ -321,7 +310,7 @@ class _Source:
         if tensors is not None:
             for module in dict.fromkeys((self._model, self._members)):
                 load_weights(module, tensors, "a restart's member")
-                copy_from_first(named_tensors(module), self._group)
+                copy_from_first(named_tensors(module), self.group)
             if self._average is not None:
                 self._average.start_over()
         if optimizer == "reset":
@@ -329,13 +318,13 @@ class _Source:
                 each.state.clear()
 
     def dump(self) -> tuple[Copy, dict[str, Any]]:
-        states = states_of_all(self._state, self._group)
+        states = states_of_all(self._state, self.group)
         # In every process: what one refuses all must refuse, or the others would wait for it.
         tensors, values = pack_training(self._members, self._model, self._optimizer, self._own, states)
         return Copy(tensors if self._writes else {}), values
 
     def load(self, tensors: Tensors, values: dict[str, Any]) -> None:
-        rank = self._group.rank
+        rank = self.group.rank
         load_training(self._members, self._model, self._optimizer, self._own, self._state, tensors, values, rank=rank)
 
     def settings(self) -> dict[str, Any]:

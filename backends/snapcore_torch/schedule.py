@@ -86,7 +86,7 @@ class GroupRates:
 
 
 def _written(rate: Any) -> Any:
-    """Return what tells whether a rate was set since; of a tensor not its value, which may be on a GPU."""
+    """Return what shows whether a rate was set since; of a tensor not its value, which may be on a GPU."""
     return (id(rate), rate._version) if isinstance(rate, Tensor) else rate
 
 

@@ -27,8 +27,8 @@ from snapcore.run import Position, check_length
 from snapcore_torch.run import FreshWeights, SnapshotRun
 from snapcore_torch.schedule import SnapshotLR
 
-# A Trainer that ends in an exception, such as a Ctrl-C in a notebook, tells no callback of it: the next one to train in
-# that directory closes the run that was left open.
+# A Trainer that ends in an exception, such as a Ctrl-C in a notebook, calls no callback for it: the next one to train
+# in that directory closes the run that was left open.
 _OPEN: dict[Path, SnapshotRun] = {}
 
 

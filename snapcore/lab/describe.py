@@ -6,13 +6,12 @@ from pathlib import Path
 
 from snapcore.ensemble import Recipe
 from snapcore.errors import StoreError
-from snapcore.lab.files import read_at_most
 from snapcore.lab.ours import JOB, RESULTS
-from snapcore.lab.sealed import LARGEST, SEAL, read_sealed
+from snapcore.lab.sealed import LARGEST, read_sealed
 from snapcore.lab.text import counted, printable
 from snapcore.protocol import program_from_dict
 from snapcore.schedule import Schedule
-from snapcore.store import SnapshotStore, read_point
+from snapcore.store import SnapshotStore, read_point, read_regular
 
 
 def describe_run(directory: Path) -> Iterator[str]:
@@ -78,7 +77,7 @@ def faults(directory: Path) -> Iterator[str]:
 def _claims_a_seal(path: Path) -> bool:
     """Return whether a file is meant to be one of ours: beside a run of one's own loop it may be the user's."""
     try:
-        return f'"{SEAL}"'.encode() in read_at_most(path, LARGEST)
+        return b'"sha256"' in read_regular(path, limit=LARGEST, follow=True)
     except OSError:
         return False
 

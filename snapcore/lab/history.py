@@ -15,6 +15,7 @@ from snapcore.store import atomic_write
 Row = tuple[int, float, float]
 
 _ROUNDING = 1e-9  # of a rate, between one machine's cosine and another's
+_LONGEST = 100  # characters of a line; a row has at most 70
 
 
 class History:
@@ -27,14 +28,22 @@ class History:
         directory: of the run.
         rate: the schedule, step -> rate.
         resumed: whether a table there is of this run.
+        check: called before every write; if it raises, nothing is written.
 
     Raises:
         StoreError: the table there is damaged, or of another run.
     """
 
-    def __init__(self, directory: Path, rate: Callable[[int], float], *, resumed: bool = True) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        rate: Callable[[int], float],
+        *,
+        resumed: bool = True,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self._path = directory / HISTORY
-        self._rate = rate
+        self._rate, self._check = rate, check
         self.rows = _read(self._path, rate) if resumed and os.path.lexists(self._path) else []
         self._written: int | None = None
 
@@ -48,8 +57,9 @@ class History:
         """Bring the file up to date: the first time, or `anew`, all of it; else by what is new.
 
         Raises:
-            StoreError: it cannot be written.
+            StoreError: it cannot be written, or `check` has refused.
         """
+        self._check()
         try:
             if anew or self._written is None:
                 with atomic_write(self._path) as temporary:
@@ -72,18 +82,22 @@ def _read(path: Path, rate: Callable[[int], float]) -> list[Row]:
     rows: list[Row] = []
     try:
         with TextIOWrapper(open_regular(path), "utf-8", newline="") as file:
-            lines = [line for line in file if line.endswith("\n")]  # a kill may have cut the last one off
-        if not lines or tuple(lines[0].rstrip("\r\n").split(",")) != COLUMNS:
-            raise ValueError(f"it does not begin with {','.join(COLUMNS)}")
-        for step, lr, loss in csv.reader(lines[1:]):
-            row = (int(step), float(lr), float(loss))
-            follows = not rows or row[0] == rows[-1][0] + 1
-            if not (follows and math.isclose(row[1], rate(row[0] - 1), rel_tol=_ROUNDING) and math.isfinite(row[2])):
-                raise ValueError(f"{row} is no update of this run")
-            rows.append(row)
+            if tuple(file.readline(_LONGEST).rstrip("\r\n").split(",")) != COLUMNS:
+                raise ValueError(f"it does not begin with {','.join(COLUMNS)}")
+            while (line := file.readline(_LONGEST)).endswith("\n"):
+                step, lr, loss = line.split(",")
+                row = (int(step), float(lr), float(loss))
+                follows = not rows or row[0] == rows[-1][0] + 1
+                if not (
+                    follows and math.isclose(row[1], rate(row[0] - 1), rel_tol=_ROUNDING) and math.isfinite(row[2])
+                ):
+                    raise ValueError(f"{row} is no update of this run")
+                rows.append(row)
+            if len(line) == _LONGEST:  # a kill may have cut the last line off, and made none longer
+                raise ValueError(f"a line has more than {_LONGEST} characters")
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error}; move it away") from error
-    except (ValueError, csv.Error) as error:
+    except ValueError as error:
         raise StoreError(
             f"{path} is damaged: {error}; delete it, and the run resumes without its first rows"
         ) from error

@@ -152,14 +152,15 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     @contextmanager
     def errors_named(self) -> Iterator[None]:
-        """Turn what a model of the user's own raises into one line that names it."""
+        """Turn what a model of the user's own raises into one line that names it; a built-in's errors are ours."""
+        if not self.has_own_model:
+            yield
+            return
         try:
             yield
         except SnapcoreError:
             raise
-        except Exception as error:  # a user's code may raise anything; it is passed on as the cause
-            if not self.has_own_model:
-                raise
+        except Exception as error:  # a user's code may raise any class, its own too; it goes on as the cause of ours
             cause, *_ = [*str(error).splitlines(), ""]
             raise DataError(
                 f"--model {self.model} does not fit: {type(error).__name__}: {cause}; correct it"

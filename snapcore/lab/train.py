@@ -12,6 +12,7 @@ from snapcore.backend import Backend
 from snapcore.errors import DataError, StoreError
 from snapcore.lab.display import Display
 from snapcore.lab.evaluate import evaluate, write_results
+from snapcore.lab.files import HeldDirectory
 from snapcore.lab.history import History
 from snapcore.lab.job import MAY_DIFFER, Job, flags, load_job
 from snapcore.lab.ours import HISTORY, JOB, PLOT, RESULTS, refuse_foreign
@@ -65,16 +66,15 @@ def train(
     program = job.program(data)
     job.state(backend, dataset, program)  # raises for a model that cannot be built or does not fit
     resumed = resume and (directory / MANIFEST).exists()
-    if resumed:
-        changed = _check_resumable(job, directory)
-        history = History(directory, program.schedule)
-        if changed:
-            now = ", ".join(f"{flags([name])} {getattr(job, name)} (was {was})" for name, was in changed.items())
-            log.info("%s is resumed with another %s", directory, now)
-            job.save(directory)
-    else:
+    changed = _check_resumable(job, directory) if resumed else {}
+    if not resumed:
         _make_room(directory)
-        history = History(directory, program.schedule, resumed=False)
+        job.save(directory)
+    held = HeldDirectory(directory)
+    history = History(directory, program.schedule, resumed=resumed, check=held.check)
+    if changed:
+        now = ", ".join(f"{flags([name])} {getattr(job, name)} (was {was})" for name, was in changed.items())
+        log.info("%s is resumed with another %s", directory, now)
         job.save(directory)
     display.line(
         f"{job.method} on {dataset.name}: {job.model}, {counted(len(dataset.x_train), 'training image')}, "
@@ -116,10 +116,11 @@ def train(
             history.write(anew=True)  # the last write may have been cut short
             raise SystemExit(INTERRUPTED) from None  # the recorder has said from where it resumes
         except DataError:
-            if not resumed:
+            if not resumed and held.is_there:
                 _withdraw(directory)
             raise
     results = {**evaluate([directory], model=job.model), "seconds": round(time.perf_counter() - began, 3)}
+    held.check()
     if history.rows:
         plot_training(history.rows, program.schedule, directory / PLOT)
     write_results(results, directory)

@@ -3,18 +3,21 @@
 The adapters and the application import from here, never from a file behind this door.
 """
 
+from snapcore.run.batches import EpochBatches
 from snapcore.run.counted import CountedRun
 from snapcore.run.execute import execute
 from snapcore.run.group import Alone, Group
 from snapcore.run.random_state import random_state, set_random_state
-from snapcore.run.recorder import Recorder, Source, require_fresh
+from snapcore.run.recorder import Recorder
 from snapcore.run.saving import WEIGHTS
+from snapcore.run.source import Source, require_fresh
 from snapcore.run.trainer import Position, check_length
 
 __all__ = [
     "WEIGHTS",
     "Alone",
     "CountedRun",
+    "EpochBatches",
     "Group",
     "Position",
     "Recorder",

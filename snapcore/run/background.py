@@ -101,7 +101,7 @@ class SnapshotWriter:
         """Wait until all that was submitted is done, then `check`."""
         if self._is_owner():
             with self._changed:
-                self._changed.wait_for(self._is_idle)
+                self._changed.wait_for(lambda: self._waiting is None and not self._busy)
         self.check()
 
     def close(self) -> None:
@@ -132,9 +132,6 @@ class SnapshotWriter:
 
     def _is_owner(self) -> bool:
         return os.getpid() == self._process
-
-    def _is_idle(self) -> bool:
-        return self._waiting is None and not self._busy
 
     def _check_usable(self) -> None:
         # Before the lock is touched: a fork may have copied it locked, with nobody left to open it.

@@ -1,7 +1,7 @@
 """The position in a loader, epoch after epoch, kept so that it can be found again."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from snapcore.errors import ProtocolError
 from snapcore.protocol import Cursor
@@ -12,6 +12,24 @@ _INNER = ("sampler", "batch_sampler", "dataset", "base_dataloader", "dataloader"
 _END: Any = object()
 _MOST_MICRO_BATCHES = 1000
 """Batches, all of them recorded, without an update: an update may take several epochs of a small data set."""
+
+
+class EpochBatches(Generic[Batch]):
+    """The batches of an epoch that come next, each once.
+
+    Attributes:
+        start: the number in its epoch of the first of them; 0 but after a resume. A loop that numbers its batches
+            goes on with `enumerate(batches, batches.start)`.
+    """
+
+    def __init__(self, batches: Iterator[Batch], start: int) -> None:
+        self._batches, self.start = batches, start
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
 
 
 class Epochs:
@@ -25,8 +43,8 @@ class Epochs:
         cursor: says when to stop.
         random_state: gives all random states as plain JSON.
         set_random_state: takes them back.
-        on_ask: called whenever the loop asks for its next batch, before that is drawn: what the loop did after its last
-            update, such as an evaluation, is done by then.
+        on_ask: called when the loop has used all its batches and asks for the next, before that is drawn: what it did
+            after its last update, such as an evaluation, is done by then.
     """
 
     def __init__(
@@ -71,7 +89,7 @@ class Epochs:
         for _, batches in self.epochs(loader, stateful=stateful):
             yield from batches
 
-    def epochs(self, loader: Iterable[Batch], *, stateful: bool = False) -> Iterator[tuple[int, Iterator[Batch]]]:
+    def epochs(self, loader: Iterable[Batch], *, stateful: bool = False) -> Iterator[tuple[int, EpochBatches[Batch]]]:
         """Yield each epoch's number, from 0, and its batches, until the cursor stops.
 
         After a resume the first is the epoch that was under way, with the batches that are left of it. If the run was
@@ -89,7 +107,7 @@ class Epochs:
         idle = 0
         while not self._cursor.finished:
             before, first = self._cursor.step, self._given
-            yield self._epoch, self._batches(loader, stateful)
+            yield self._epoch, EpochBatches(self._batches(loader, stateful), first)
             if self._cursor.finished:
                 return
             if self._given == 0:
@@ -121,10 +139,11 @@ class Epochs:
             self._ask()
 
     def _ask(self) -> None:
-        self._on_ask()
-        if self._unused:
+        if self._unused:  # a micro-batch was given, and what it drew is drawn again by a resumed run
             self._micro = True
-        elif self._micro and self._asked is None:
+            return
+        self._on_ask()
+        if self._micro and self._asked is None:
             self._asked = self._random_state()
 
     def _begin(self, loader: Iterable[Batch], stateful: bool) -> Iterator[Batch]:

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 from snapcore.errors import ProtocolError
 from snapcore.protocol import Event
+from snapcore.run.batches import EpochBatches
 from snapcore.run.recorder import Recorder
 
 Batch = TypeVar("Batch")
@@ -99,7 +100,9 @@ class CountedRun:
         """Yield the loader's batches until the program stops; the run is brought up to date after every epoch."""
         return self.recorder.batches(_UpToDate(loader, self._catch_up), stateful=stateful)
 
-    def epochs_of(self, loader: Iterable[Batch], *, stateful: bool = False) -> Iterator[tuple[int, Iterator[Batch]]]:
+    def epochs_of(
+        self, loader: Iterable[Batch], *, stateful: bool = False
+    ) -> Iterator[tuple[int, EpochBatches[Batch]]]:
         """Yield (epoch, its batches) until the program stops; the run is brought up to date after every epoch."""
         return self.recorder.epochs_of(_UpToDate(loader, self._catch_up), stateful=stateful)
 

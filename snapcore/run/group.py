@@ -1,6 +1,11 @@
 """The processes that train one model together; most often it is one, alone."""
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+from snapcore.errors import SnapcoreError, StoreError
+
+Result = TypeVar("Result")
 
 
 class Group(Protocol):
@@ -30,3 +35,24 @@ class Alone:
     def gather(self, value: Any) -> list[Any]:
         """Return the one value."""
         return [value]
+
+
+def in_first(group: Group, action: Callable[[], Result]) -> Result | None:
+    """Do something in process 0; what is refused there is refused in every process, so that none waits for ever.
+
+    Returns:
+        What it returns there, and None in every other process.
+    """
+    result: Result | None = None
+    refusal: SnapcoreError | None = None
+    if group.rank == 0:
+        try:
+            result = action()
+        except SnapcoreError as error:
+            refusal = error
+    message = group.gather(None if refusal is None else str(refusal))[0]
+    if refusal is not None:
+        raise refusal
+    if message is not None:
+        raise StoreError(message)
+    return result

@@ -1,6 +1,8 @@
 """Opening a run directory to write: what may be resumed there, what is refused, and what is read back."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from snapcore.errors import CorruptSnapshotError, StoreError
 from snapcore.protocol import Program
@@ -81,6 +83,22 @@ def read_resumed(directory: Path) -> tuple[Tensors, State] | None:
         return point.tensors, point.state
     weights = SnapshotStore(directory).load(point.member.index)
     return {**point.tensors, **{WEIGHTS + name: array for name, array in weights.items()}}, point.state
+
+
+def differing_settings(
+    directory: Path, saved: Mapping[str, Any], given: Mapping[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """Return each setting that is not the saved run's: its name, as it was, and as it is given.
+
+    Raises:
+        StoreError: another optimizer is given.
+    """
+    if "optimizer" in saved and given.get("optimizer", saved["optimizer"]) != saved["optimizer"]:
+        raise StoreError(
+            f"{directory} holds a run trained by {saved['optimizer']}, got {given['optimizer']}: give that "
+            "optimizer, or choose another directory"
+        )
+    return [(name, was, given[name]) for name, was in saved.items() if name in given and given[name] != was]
 
 
 def last_step(directory: Path, count: int) -> int:

@@ -7,7 +7,7 @@ At the end of a cycle three files change, and a kill may come between any two of
 
 1. the member's file, which nothing names yet;
 2. the resume point, which counts the member and refers to its file for the weights;
-3. the manifest, which tells every reader of the member.
+3. the manifest, which names the member to every reader.
 
 Killed before 2, the run resumes from the point before, does the rest of the cycle again and writes the same file
 again. Killed between 2 and 3, the point knows of a member that the manifest lacks, and `open_run` adds it. So a reader

@@ -20,6 +20,8 @@ MANIFEST = "snapcore.json"
 FORMAT = 1
 _LONGEST = 16 * 2**20
 """Bytes that a manifest may have: enough for some 40,000 members."""
+_DEEPEST = 100
+"""Levels that a program may have, which is copied by recursion; our own have three."""
 
 # Bounds that no training reaches, so that a forged number can be used as a count or a length.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
@@ -144,6 +146,17 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.structs.replace(self, members=tuple(members))
 
 
+def _depth(value: Any) -> int:
+    """Return how many lists and objects are within each other."""
+    depth, level = 0, [value]
+    while level := [each for each in level if isinstance(each, dict | list)]:
+        depth, level = (
+            depth + 1,
+            [item for each in level for item in (each.values() if isinstance(each, dict) else each)],
+        )
+    return depth
+
+
 class _Version(msgspec.Struct):
     format: int
 
@@ -196,6 +209,8 @@ def format_manifest(manifest: Manifest) -> bytes:
 
 
 def _to_manifest(content: dict[str, Any]) -> Manifest:
+    if _depth(content.get("program")) > _DEEPEST:
+        raise ValueError(f"a program has at most {_DEEPEST} levels of lists and objects")
     # By way of JSON, since msgspec decodes that more strictly than it converts Python's values.
     manifest = msgspec.json.decode(msgspec.json.encode(content), type=Manifest)
     return msgspec.structs.replace(manifest, members=tuple(sorted(manifest.members, key=lambda each: each.index)))

@@ -37,7 +37,8 @@ class ResumePoint:
     Arguments:
         tensors: named host arrays; at a cycle's end without the weights, which are in `member`'s file.
         state: plain JSON. `framework`: its name; `place`: the cursor's `state_dict()`; `values`: the backend's own, by
-            name; `processes`: of each process the `random` states and the position in the `data`.
+            name; `processes`: of each process the `random` states and the position in the `data`; `settings`: those in
+            force, if there are any.
         member: the member taken at this step, or None in the middle of a cycle.
     """
 
@@ -94,6 +95,7 @@ class _State(msgspec.Struct):
     place: _Place
     values: dict[str, Any]
     processes: Annotated[list[_Process], msgspec.Meta(min_length=1)]
+    settings: dict[str, Any] = {}
 
 
 class _Version(msgspec.Struct):

@@ -5,6 +5,7 @@ Names that share memory, such as tied weights, are stored once. The other names 
 
 import hashlib
 import json
+import math
 import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -12,13 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import ml_dtypes
 import msgspec
 import numpy as np
 from numpy.typing import ArrayLike
-from safetensors import SafetensorError, safe_open
 
 from snapcore.errors import CorruptSnapshotError, StoreError
 from snapcore.store.atomic import atomic_write
@@ -126,7 +126,7 @@ def write_tensors(path: Path, arrays: Tensors, metadata: Mapping[str, str]) -> s
 
 class _Entry(msgspec.Struct):
     dtype: str
-    shape: list[int]
+    shape: list[Annotated[int, msgspec.Meta(ge=0)]]
     data_offsets: tuple[int, int]
 
 
@@ -191,14 +191,14 @@ def open_tensors(path: Path, *, follow: bool = False) -> Iterator[TensorFile]:
     """
     try:
         with open_regular(path, follow=follow) as file:
-            yield _read_header(path, file)
+            yield _read_header(file)
     except (StoreError, FileNotFoundError, NotADirectoryError):
         raise
     except MemoryError as error:
         raise StoreError(f"{path} does not fit into memory; load it on a larger machine") from error
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror or error}; check the disk") from error
-    except (SafetensorError, TypeError, ValueError, OverflowError, RecursionError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CorruptSnapshotError(f"{path} is not what was written: {error}; restore it") from error
 
 
@@ -286,21 +286,25 @@ def as_bytes(array: Array) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _read_header(path: Path, file: BufferedReader) -> TensorFile:
+def _read_header(file: BufferedReader) -> TensorFile:
+    # All from the one file that is open: at its path there may be another by now, such as the next resume point.
     size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-    if (
-        not 0 < length <= min(_LONGEST_HEADER, size - 8)
-    ):  # before anything is read or mapped: both numbers may be forged
+    if not 0 < length <= min(_LONGEST_HEADER, size - 8):  # before anything is read: both numbers may be forged
         raise ValueError(f"a header of {length} bytes in a file of {size}")
-    with safe_open(path, framework="np") as checked:  # refuses a header that does not cover the file exactly
-        metadata = checked.metadata() or {}
     header = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
-    header.pop("__metadata__", None)
+    metadata = msgspec.json.decode(header.pop("__metadata__", b"{}"), type=dict[str, str])
     found = {name: msgspec.json.decode(raw, type=_Entry) for name, raw in header.items()}
-    unknown = {entry.dtype for entry in found.values()} - _DTYPES.keys()
-    if unknown:
-        raise ValueError(f"only {', '.join(_DTYPES)} can be read, got {', '.join(sorted(unknown))}")
     entries = dict(sorted(found.items(), key=lambda item: item[1].data_offsets))
+    end = 0
+    for name, entry in entries.items():
+        if entry.dtype not in _DTYPES:
+            raise ValueError(f"only {', '.join(_DTYPES)} can be read, got {entry.dtype}")
+        start, stop = entry.data_offsets
+        if start != end or stop - start != math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize:
+            raise ValueError(f"{name!r} of shape {entry.shape} in bytes {start} to {stop}, after byte {end}")
+        end = stop
+    if 8 + length + end != size:
+        raise ValueError(f"tensors of {end} bytes in a file that has {size - 8 - length} for them")
     aliases = msgspec.json.decode(metadata.get(ALIASES, "{}"), type=dict[str, str])
     for name, stored in aliases.items():
         # An alias of a stored name only: so there is neither a chain nor a circle, and shape and type are its own.

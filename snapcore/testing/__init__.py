@@ -8,7 +8,9 @@ cites its own. Nothing here imports a framework.
 import pytest
 
 # Before the suites are imported, so that a rule that fails shows what it found.
-pytest.register_assert_rewrite(*(f"snapcore.testing.{name}" for name in ("arrays", "backend", "loop", "run")))
+pytest.register_assert_rewrite(
+    *(f"snapcore.testing.{name}" for name in ("arrays", "backend", "loop", "run", "trainings"))
+)
 
 from snapcore.testing.backend import BackendConformance  # noqa: E402
 from snapcore.testing.loop import LoopConformance  # noqa: E402

@@ -19,3 +19,10 @@ def assert_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
     assert one.keys() == other.keys()
     for name, array in one.items():
         np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
+def assert_all_equal(found: list[Arrays], expected: list[Arrays]) -> None:
+    """Assert that the arrays of every update are equal."""
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert_equal(one, other)

@@ -18,7 +18,8 @@ from snapcore.protocol import Program
 from snapcore.schedule import Schedule
 from snapcore.store import SnapshotStore
 from snapcore.testing.arrays import Arrays, assert_equal, frozen
-from snapcore.testing.run import CYCLES, RunConformance, Stopped, X, point_at, steps
+from snapcore.testing.run import RunConformance
+from snapcore.testing.trainings import CYCLES, Stopped, X, point_at, steps
 
 
 class LoopConformance(RunConformance):

@@ -90,8 +90,8 @@ def interleaved(
             order.reverse()
         else:
             shuffle(order)
-        for place in order:
-            times[place].append(contenders[place].sample())
+        for index in order:
+            times[index].append(contenders[index].sample())
     return Ratios(times[0], dict(zip(peers, times[1:], strict=True)))
 
 

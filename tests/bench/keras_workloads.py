@@ -145,8 +145,8 @@ def by_hand(data: TrainingData, model: str, updates: int, *, loop: str) -> Conte
     @tf.function
     def every(rows: Any) -> Any:
         losses = tf.TensorArray(tf.float32, tf.shape(rows)[0])
-        for place in tf.range(tf.shape(rows)[0]):
-            losses = losses.write(place, update(rows[place]))
+        for row in tf.range(tf.shape(rows)[0]):
+            losses = losses.write(row, update(rows[row]))
         return losses.stack()
 
     one = tf.function(update)

@@ -66,5 +66,5 @@ def test_columns_of_the_table_are_aligned():
 
 
 def _order(calls: dict[str, list[int]]) -> str:
-    place = {tick: name for name, ticks in calls.items() for tick in ticks}
-    return "".join(place[tick] for tick in sorted(place))
+    names = {tick: name for name, ticks in calls.items() for tick in ticks}
+    return "".join(names[tick] for tick in sorted(names))

@@ -32,7 +32,7 @@ def test_run_step_between_boundaries(compare, tmp_path, counted_by):
     optimizer = _optimizer()
     with SnapshotRun(tmp_path, CYCLES, torch.nn.Linear(2, 2), optimizer) as run:
 
-        def told() -> None:
+        def said() -> None:
             run.step(updates=1)
 
         def counted() -> None:
@@ -40,7 +40,7 @@ def test_run_step_between_boundaries(compare, tmp_path, counted_by):
             run.step()
 
         name = "run.step(updates=1)" if counted_by == "caller" else "run.step() after a counted update"
-        action = told if counted_by == "caller" else counted
+        action = said if counted_by == "caller" else counted
         compare(f"{name}, nothing due", Contender(action, number=NUMBER), {}, target="≤ 3 µs")
 
 

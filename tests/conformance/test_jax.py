@@ -39,6 +39,7 @@ class TestJaxBackend(BackendConformance):
         return JaxBackend()
 
 
+@pytest.mark.exhaustive
 def test_every_rule_holds_on_a_mesh_of_eight_devices(tmp_path):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     given = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "SNAPCORE_REQUIRE": ""}

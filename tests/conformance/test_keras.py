@@ -107,8 +107,8 @@ class TestKerasCallback(RunConformance):
     def weights(self, subject):
         paths = [weight.path.partition("/")[2] for weight in subject.weights]
         return {
-            f"{place:03d}/{path}": each
-            for place, (path, each) in enumerate(zip(paths, subject.get_weights(), strict=True))
+            f"{position:03d}/{path}": each
+            for position, (path, each) in enumerate(zip(paths, subject.get_weights(), strict=True))
         }
 
     def moments(self, subject):
@@ -125,6 +125,7 @@ class TestKerasCallback(RunConformance):
         return [keras.ops.convert_to_numpy(each) for each in (ensemble(x), ensemble.members(x))]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", sorted({"tensorflow", "jax", "torch"} - {keras.backend.backend()}))
 def test_every_rule_holds_on_another_backend_of_keras(name):
     environment = {**os.environ, "KERAS_BACKEND": name, "PYTHONPATH": os.pathsep.join(sys.path), "SNAPCORE_REQUIRE": ""}

@@ -379,7 +379,8 @@ class Rule33(SnapshotRun):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         if self.cursor.step == 0:
-            self.recorder._save_point()
+            self.recorder._points.newest = -1
+            self.recorder._points.save()
 
 
 class Rule34(SnapshotRun):

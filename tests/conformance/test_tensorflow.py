@@ -50,15 +50,17 @@ class TestTensorFlowBackend(BackendConformance):
         return TensorFlowBackend()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("options", [{"xla": True}, {"velocity": "updates"}], ids=str)
 def test_the_rules_of_exactness_hold_however_updates_are_compiled_and_velocities_kept(options):
     suite = TestTensorFlowBackend()
     suite.options = options
     suite.test_rule_07_training_in_two_parts_is_training_at_once()
     suite.test_rule_09_reset_clears_the_moments_and_not_the_count()
-    suite.test_rule_12_a_dump_loaded_into_another_state_goes_on_exactly()
+    suite.test_rule_12_a_dump_loaded_into_another_state_resumes_exactly()
 
 
+@pytest.mark.exhaustive
 def test_every_rule_holds_on_two_mirrored_devices(tmp_path):
     process = Forked(
         pytest.__main__.__file__, "-q", "-p", "no:cacheprovider", MIRRORED, log=tmp_path / "log", SNAPCORE_REQUIRE=""
@@ -111,7 +113,9 @@ class TestTensorFlowRun(LoopConformance):
 
     def weights(self, subject):
         paths = [weight.path.partition("/")[2] for weight in subject.model.weights]
-        return {f"{place:03d}/{path}": subject.model.weights[place].numpy() for place, path in enumerate(paths)}
+        return {
+            f"{position:03d}/{path}": subject.model.weights[position].numpy() for position, path in enumerate(paths)
+        }
 
     def moments(self, subject):
         return [each.numpy() for each in subject.optimizer.variables if "momentum" in each.path]

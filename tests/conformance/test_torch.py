@@ -41,7 +41,7 @@ class TestCompiled(TestTorchBackend):
 
 
 class TestAveraged(TestTorchBackend):
-    """With a decay of 0 the averages are the weights, so that rules about going on from a member hold for them too."""
+    """With a decay of 0 the averages are the weights, so rules about continuing from a member hold for them too."""
 
     options: ClassVar[dict[str, Any]] = {"ema": 0.0}
 

@@ -1,4 +1,4 @@
-"""What the background writer promises: one job at a time, nothing lost, every error told, no copy kept."""
+"""What the background writer promises: one job at a time, nothing lost, every error raised, no copy kept."""
 
 import gc
 import os
@@ -81,7 +81,7 @@ def test_the_thread_does_not_keep_the_interpreter_alive(writer):
     assert [(thread.name, thread.daemon) for thread in threads] == [("snapcore-writer", True)]
 
 
-def test_the_loop_goes_on_while_a_job_runs_and_one_waits(writer, gate):
+def test_the_loop_continues_while_a_job_runs_and_one_waits(writer, gate):
     done = []
     writer.reserve()
     writer.submit(lambda: done.append("waiting"))
@@ -135,7 +135,7 @@ def test_check_says_nothing_while_all_is_well(writer, gate):
     writer.check()
 
 
-def test_jobs_go_on_after_an_error_and_later_errors_are_noted_on_it(writer):
+def test_jobs_continue_after_an_error_and_later_errors_are_noted_on_it(writer):
     done = []
     writer.submit(fail_with(OSError("first")))
     writer.submit(fail_with(ValueError("second")))
@@ -197,7 +197,7 @@ def test_a_closed_writer_takes_no_job():
             ask()
 
 
-def test_who_waits_for_room_when_the_writer_is_closed_is_told():
+def test_who_waits_for_room_when_the_writer_is_closed_is_refused():
     writer, gate, second, refused = SnapshotWriter(), Gate(), Gate(), []
 
     def reserve():
@@ -226,7 +226,7 @@ def test_a_finished_job_and_its_copy_of_the_weights_are_forgotten(writer):
     assert watched() is None
 
 
-def test_however_many_jobs_fail_only_the_first_copy_of_the_weights_waits_to_be_told_of(writer):
+def test_however_many_jobs_fail_only_the_first_copy_of_the_weights_waits_to_be_raised(writer):
     def write(weights):
         raise OSError("disk")
 

@@ -59,7 +59,7 @@ class Counting(CountedRun):
 
 
 def walked(directory, updates_by_call, every=None, **options):
-    """Walk a program by calls that do so many updates each; return where it looked, and what was due at each place."""
+    """Walk a program by calls that do so many updates each; return where it looked, and what was due at each step."""
     numbers = Numbers()
     cycles = CosineCycles(lr=0.1, steps=600, cycles=3)
     recorder = Recorder(directory, cycles, numbers, framework="numpy", resume_every=every)
@@ -132,7 +132,7 @@ def test_no_boundary_is_passed_unseen_while_calls_do_one_update_or_none(updates)
     done = sum(updates)
     with tempfile.TemporaryDirectory() as folder:
         looks = walked(folder, updates)
-    assert [place for place, due in looks if due] == [due for due in (200, 400, 600) if due <= done]
+    assert [step for step, due in looks if due] == [due for due in (200, 400, 600) if due <= done]
 
 
 def test_a_count_that_is_smaller_than_before_is_refused(loop):
@@ -210,27 +210,27 @@ def loop(tmp_path):
     loop.recorder.close()
 
 
-def told(caplog):
+def warned(caplog):
     return [record.getMessage().split(": ", 1)[1] for record in caplog.records]
 
 
 @pytest.mark.parametrize(("calls", "more"), [(27, 0), (27, 1), (20, 1), (20, 0)])
-def test_a_run_that_is_closed_goes_on_from_where_its_loop_was(loop, tmp_path, calls, more, caplog):
+def test_a_run_that_is_closed_resumes_from_where_its_loop_was(loop, tmp_path, calls, more, caplog):
     loop.walk(calls)
     assert loop.recorder.cursor.step == 20
     loop.update(more)
     loop.run.close(exact=True)
-    place = calls + more
-    assert (loop.recorder.cursor.step, read_point(tmp_path).state["place"]["step"]) == (place, place)
-    assert told(caplog) == [f"left after {place} of 60 updates; it resumes after update {place}"]
+    done = calls + more
+    assert (loop.recorder.cursor.step, read_point(tmp_path).state["place"]["step"]) == (done, done)
+    assert warned(caplog) == [f"left after {done} of 60 updates; it resumes after update {done}"]
 
 
-def test_a_run_that_is_closed_as_it_may_not_go_on_tells_how_far_its_calls_came(loop, tmp_path, caplog):
+def test_a_run_that_is_closed_as_it_may_not_resume_says_how_far_its_calls_came(loop, tmp_path, caplog):
     loop.walk(27)
     looks = loop.looks
     loop.run.close(exact=False)
     assert (loop.looks, read_point(tmp_path).state["place"]["step"]) == (looks, 20)
-    assert told(caplog) == ["left after 27 of 60 updates; it resumes after update 20"]
+    assert warned(caplog) == ["left after 27 of 60 updates; it resumes after update 20"]
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -241,7 +241,7 @@ def test_closing_twice_is_closing_once_though_updates_come_in_between(loop, tmp_
     looks = loop.looks
     for exact in (True, False):
         loop.run.close(exact=exact)
-    assert (loop.looks, loop.recorder.cursor.step, len(told(caplog))) == (looks, 27, 1)
+    assert (loop.looks, loop.recorder.cursor.step, len(warned(caplog))) == (looks, 27, 1)
     assert [member.step for member in SnapshotStore(tmp_path).members] == [20]
 
 
@@ -293,8 +293,8 @@ def test_a_boundary_that_is_only_seen_at_the_end_is_taken_late_and_warned_of_at_
 
 @pytest.mark.parametrize(("last", "used"), [("taken", 5), ("updated", 6)])
 def test_the_last_batch_is_given_again_unless_an_update_was_made_of_it(loop, tmp_path, last, used):
-    for place, _ in enumerate(loop.recorder.batches(range(9)), 1):
-        if place == 6:
+    for position, _ in enumerate(loop.recorder.batches(range(9)), 1):
+        if position == 6:
             break
         loop.walk(1)
     if last == "updated":
@@ -304,7 +304,7 @@ def test_the_last_batch_is_given_again_unless_an_update_was_made_of_it(loop, tmp
     assert (state["place"]["step"], state["processes"][0]["data"]["batches"]) == (used, used)
 
 
-def test_an_error_of_the_writer_is_told_once(tmp_path):
+def test_an_error_of_the_writer_is_raised_once(tmp_path):
     loop = CountedLoop(tmp_path, resumable=False)
     loop.weights["updates"] = np.array(np.nan)
     loop.recorder.record(20)
@@ -313,7 +313,7 @@ def test_an_error_of_the_writer_is_told_once(tmp_path):
     loop.run.close(exact=True)
 
 
-def test_closing_after_a_step_has_told_of_the_error_tells_nothing_more(tmp_path):
+def test_closing_after_a_step_has_raised_the_error_raises_nothing_more(tmp_path):
     """As `try: …, finally: run.close()` does: another error would stand before the one to read."""
     loop = CountedLoop(tmp_path, resumable=False)
     loop.weights["updates"] = np.array(np.nan)
@@ -435,7 +435,7 @@ def test_epochs_of_a_loader_that_keeps_its_own_position_are_not_walked_through_a
     recorder = Recorder(tmp_path, CosineCycles(lr=0.1, steps=20, cycles=2), numbers, framework="numpy")
     run = CountedRun(recorder, lambda: numbers.count)
     run.begun_at = 0
-    recorder.epochs.load_state_dict({"epoch": 4, "batches": 2, "random": recorder._random_state()})
+    recorder.epochs.load_state_dict({"epoch": 4, "batches": 2, "random": recorder._points.random_state()})
     for stateful, first in ((True, 0), (False, 2)):
         epoch, batches = next(run.epochs_of(range(7), stateful=stateful))
         assert (epoch, next(batches)) == (4, first)

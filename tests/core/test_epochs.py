@@ -1,4 +1,4 @@
-"""The place in a loader: every epoch whole, and after a resume the batches that would have come."""
+"""The position in a loader: every epoch whole, and after a resume the batches that would have come."""
 
 import json
 import random
@@ -51,10 +51,10 @@ def test_batches_end_where_the_program_and_an_epoch_end_together(loop):
 
 
 def test_several_micro_batches_may_make_an_update(loop):
-    for place, _ in enumerate(loop.recorder.batches(range(10)), 1):
-        if place % 4 == 0:
+    for position, _ in enumerate(loop.recorder.batches(range(10)), 1):
+        if position % 4 == 0:
             loop.step()
-    assert place == 240
+    assert position == 240
 
 
 def test_after_finish_there_are_no_more_batches(loop):
@@ -88,13 +88,13 @@ def test_an_epoch_without_an_update_is_refused(loop):
             pass
 
 
-def test_a_sampler_that_shuffles_by_epoch_is_told_each_epoch(loop):
-    told = []
+def test_a_sampler_that_shuffles_by_epoch_is_given_each_epoch(loop):
+    called = []
     loader = Loader(range(25))
-    loader.sampler = SimpleNamespace(set_epoch=told.append)
+    loader.sampler = SimpleNamespace(set_epoch=called.append)
     for _ in loop.recorder.batches(loader):
         loop.step()
-    assert told == [0, 1, 2]
+    assert called == [0, 1, 2]
 
 
 def test_a_sampler_that_does_not_is_left_alone(loop):
@@ -103,7 +103,7 @@ def test_a_sampler_that_does_not_is_left_alone(loop):
     assert sum(1 for _ in loop.recorder.batches(loader) if loop.step() or True) == 60
 
 
-# ------------------------------------------------------------------------------------------------ the place
+# -------------------------------------------------------------------------------------------- the position
 
 
 class Python:
@@ -132,7 +132,7 @@ class Augmented(Python):
 
 
 class Sampled(Python):
-    """Draws nothing: its order is a function of the epoch that its sampler is told."""
+    """Draws nothing: its order is a function of the epoch that its sampler is given."""
 
     def __init__(self, size):
         super().__init__(size)
@@ -179,13 +179,13 @@ class Process:
             random.random()
             np.random.normal()
 
-    def place(self):
+    def position(self):
         return json.loads(json.dumps([self.cursor.state_dict(), self.epochs.state_dict(), random_state()]))
 
-    def go_on(self, place):
-        self.cursor.load_state_dict(place[0])
-        self.epochs.load_state_dict(place[1])
-        set_random_state(place[2])
+    def resume(self, position):
+        self.cursor.load_state_dict(position[0])
+        self.epochs.load_state_dict(position[1])
+        set_random_state(position[2])
         return self
 
 
@@ -201,8 +201,8 @@ def test_the_batches_after_any_update_are_those_of_a_walk_never_left(kind, size,
     until = data.draw(st.integers(1, updates - 1))
     one = process()
     seen = one.walk(until=until)
-    place = one.place()
-    assert seen + process(seed=99).go_on(place).walk() == expected
+    position = one.position()
+    assert seen + process(seed=99).resume(position).walk() == expected
     assert random_state() == after  # the numbers that come later are the same, too
 
 
@@ -213,8 +213,8 @@ def test_a_batch_that_was_taken_and_left_is_given_again(kind, size, updates, dat
     until = data.draw(st.integers(0, updates - 1))
     one = Process(kind(size), updates=updates)
     seen = one.walk(until=until, in_hand=data.draw(st.integers(1, size - until % size)))
-    place = one.place()
-    assert seen + Process(kind(size), updates=updates, seed=99).go_on(place).walk() == expected
+    position = one.position()
+    assert seen + Process(kind(size), updates=updates, seed=99).resume(position).walk() == expected
 
 
 @given(LOADERS, st.integers(1, 5), st.integers(1, 3), st.integers(0, 2))
@@ -226,20 +226,20 @@ def test_the_first_batches_of_an_epoch_are_given_again_with_all_that_they_draw(k
     one = process()
     seen = one.walk(until=size, in_hand=1)
     assert one.epochs.state_dict()["epoch"] == 1
-    assert seen + process(seed=99).go_on(one.place()).walk() == expected
+    assert seen + process(seed=99).resume(one.position()).walk() == expected
 
 
 def test_micro_batches_since_the_last_update_are_given_again():
     one = Process(range(10), updates=6, micro=4)
     assert one.walk(until=1, in_hand=3) == [0, 1, 2, 3]
     assert one.epochs.state_dict()["batches"] == 4
-    assert Process(range(10), updates=6, micro=4).go_on(one.place()).walk()[:4] == [4, 5, 6, 7]
+    assert Process(range(10), updates=6, micro=4).resume(one.position()).walk()[:4] == [4, 5, 6, 7]
 
 
 def test_the_rest_of_an_epoch_may_be_too_short_for_an_update():
     one = Process(range(3), updates=3, micro=2)
     assert one.walk(until=1) == [0, 1]
-    assert Process(range(3), updates=3, micro=2).go_on(one.place()).walk() == [2, 0, 1, 2]
+    assert Process(range(3), updates=3, micro=2).resume(one.position()).walk() == [2, 0, 1, 2]
 
 
 def test_a_first_batch_that_is_only_looked_at_comes_again_in_the_walk():
@@ -248,29 +248,29 @@ def test_a_first_batch_that_is_only_looked_at_comes_again_in_the_walk():
     assert process.walk()[0] == looked_at
 
 
-def test_a_place_between_two_walks_of_the_same_process_is_kept():
+def test_a_position_between_two_walks_of_the_same_process_is_kept():
     process = Process(Augmented(5), updates=9)
     seen = [batch for until in (2, 5, 7, None) for batch in process.walk(until=until)]
     assert seen == Process(Augmented(5), updates=9).walk()
 
 
-def test_a_sampler_is_told_the_epoch_that_is_gone_on_with():
+def test_a_sampler_is_given_the_epoch_that_is_resumed():
     one = Process(Sampled(5), updates=12)
     one.walk(until=7)
-    other = Process(Sampled(5), updates=12).go_on(one.place())
+    other = Process(Sampled(5), updates=12).resume(one.position())
     next(other.epochs.walk(other.loader))
     assert other.loader.epoch == 1
 
 
-def test_a_place_asked_for_does_not_change_with_the_walk():
+def test_a_position_asked_for_does_not_change_with_the_walk():
     process = Process(Python(5), updates=9)
-    place = process.epochs.state_dict()
+    position = process.epochs.state_dict()
     process.walk(until=3)
-    assert place == {"epoch": 0, "batches": 0, "random": None}
+    assert position == {"epoch": 0, "batches": 0, "random": None}
 
 
 class Placed:
-    """A loader that knows its own place, as stateful ones do."""
+    """A loader that knows its own position, as stateful ones do."""
 
     def __init__(self, size):
         self.size, self.next = size, 0
@@ -282,7 +282,7 @@ class Placed:
         self.next = 0
 
 
-def test_nothing_is_passed_over_in_a_loader_that_knows_its_own_place(tmp_path):
+def test_nothing_is_passed_over_in_a_loader_that_knows_its_own_position(tmp_path):
     seen, loader = [], Placed(7)
     for until in (10, 14, 60):
         with Loop(tmp_path) as loop:

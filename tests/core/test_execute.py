@@ -14,7 +14,7 @@ from snapcore.store import SnapshotStore
 from .training import RESTARTS, SIXTY, NumpyBackend, assert_same, managed, members_of, simulate, weights_of
 
 
-def test_a_managed_run_records_each_member_with_its_place_and_rate(tmp_path):
+def test_a_managed_run_records_each_member_with_its_position_and_rate(tmp_path):
     plan = program("snapshot", lr=0.2, steps=60, cycles=3)
     state = managed(tmp_path / "run", plan, seed=5)
     store = SnapshotStore(tmp_path / "run")
@@ -60,8 +60,8 @@ def test_each_train_is_one_call_of_the_native_loop(tmp_path):
 def test_the_native_loop_comes_back_for_every_resume_point(tmp_path):
     backend = NumpyBackend()
     managed(tmp_path, backend=backend, resume_every=8)
-    places = [0, 8, 16, 20, 24, 32, 40, 48, 56, 60]
-    assert backend.log[1:] == [("train", *place) for place in itertools.pairwise(places)]
+    positions = [0, 8, 16, 20, 24, 32, 40, 48, 56, 60]
+    assert backend.log[1:] == [("train", *position) for position in itertools.pairwise(positions)]
 
 
 def calls_that_take(seconds, monkeypatch, directory):

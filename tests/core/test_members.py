@@ -13,8 +13,8 @@ from snapcore.store import SnapshotStore
 def write(directory, *, finished=3, unfinished=0, framework="numpy"):
     with SnapshotStore(directory, "w") as store:
         for index in range(1, finished + unfinished + 1):
-            place = {"index": index, "step": index, "cycle": index - 1, "lr": 0.1, "framework": framework}
-            store.save({"w": np.full(3, index)}, **place, unfinished=index > finished)
+            entry = {"index": index, "step": index, "cycle": index - 1, "lr": 0.1, "framework": framework}
+            store.save({"w": np.full(3, index)}, **entry, unfinished=index > finished)
     return directory
 
 

@@ -51,7 +51,7 @@ def test_weights_are_copied_only_when_a_snapshot_or_a_resume_point_is_due(tmp_pa
             loop.step()
             copies.append(loop.copies)
     due = [8, 16, 20, 24, 32, 40]  # the last is a member's, and needs no other
-    assert copies == [1 + sum(place <= step for place in due) for step in range(1, 41)]  # 1: the rehearsal
+    assert copies == [1 + sum(position <= step for position in due) for step in range(1, 41)]  # 1: the rehearsal
 
 
 def test_a_restart_is_carried_out_in_the_loop_and_returned(tmp_path):
@@ -157,7 +157,7 @@ def test_members_without_a_program_are_not_overwritten(tmp_path):
         Loop(tmp_path)
 
 
-def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path):
+def test_a_second_writer_is_refused_and_the_first_continues(tmp_path):
     with Loop(tmp_path) as first:
         for resume in (True, False):
             with pytest.raises(StoreError, match="is being written by another run"):
@@ -196,7 +196,7 @@ def test_a_capture_that_raises_leaves_cursor_and_directory_as_they_were(tmp_path
                 loop.step()
         assert loop.recorder.cursor.step == 19
         assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "snapcore.json"]
-        assert loop.recorder.record(1) == (Snapshot(1, 20, 20, SIXTY(19), 0),)  # the update is told of again
+        assert loop.recorder.record(1) == (Snapshot(1, 20, 20, SIXTY(19), 0),)  # the update is recorded again
     assert counts(loop) == [(20, 20)]
 
 
@@ -260,7 +260,7 @@ def test_a_member_that_cannot_be_written_is_raised_at_a_later_update(full_disk):
     assert full_disk.recorder.cursor.step == 20
 
 
-def test_after_a_write_that_failed_the_run_refuses_to_go_on_and_starting_again_goes_on(full_disk, monkeypatch):
+def test_after_a_write_that_failed_the_run_refuses_to_continue_and_starting_again_resumes(full_disk, monkeypatch):
     full_disk.step(20)
     step_until_it_is_raised(full_disk)
     for call in (full_disk.step, lambda: full_disk.recorder.finish("enough")):
@@ -296,7 +296,7 @@ def test_the_error_itself_is_raised_even_where_the_failure_is_seen_first(loop, m
 
 
 def test_nothing_is_written_after_a_member_that_could_not_be(tmp_path, monkeypatch):
-    """A resume point or a manifest that counts a member which is not there could never be gone on with."""
+    """A resume point or a manifest that counts a member which is not there could never be resumed."""
     loop, release = Loop(tmp_path, resume_every=5), threading.Event()
     loop.step(19)
     monkeypatch.setattr(loop.recorder.store, "put", lambda *args, **kwargs: release.wait() and no_space())

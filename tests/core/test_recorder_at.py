@@ -1,4 +1,4 @@
-"""A run inside a trainer that keeps checkpoints of its own: the checkpoint says where the run goes on."""
+"""A run inside a trainer that keeps checkpoints of its own: the checkpoint says where the run resumes."""
 
 import copy
 import json
@@ -19,24 +19,24 @@ from .training import SIXTY, Loop, counts, members_of
 
 
 class Trainer:
-    """A trainer with checkpoints: weights and place together, saved after every `every` updates."""
+    """A trainer with checkpoints: weights and position together, saved after every `every` updates."""
 
     def __init__(self, directory, plan=SIXTY, every=7):
         self.directory, self.plan, self.every = directory, plan, every
         self.saved = None
 
     def train(self, until=60, *, killed=False, **options):
-        """Go on from the last checkpoint; a kill leaves the run open, as if the process were gone."""
-        weights, place = copy.deepcopy(self.saved) if self.saved else (None, {"step": 0, "members": []})
-        loop = Loop(self.directory, self.plan, resumable=False, at=Position.from_dict(place), **options)
+        """Resume from the last checkpoint; a kill leaves the run open, as if the process were gone."""
+        weights, position = copy.deepcopy(self.saved) if self.saved else (None, {"step": 0, "members": []})
+        loop = Loop(self.directory, self.plan, resumable=False, at=Position.from_dict(position), **options)
         if weights is not None:
             loop.weights = weights
         loop.events = list(loop.recorder.start())
         while loop.updates < until:
             loop.events += loop.step()
             if loop.updates % self.every == 0:
-                place = json.loads(json.dumps(loop.recorder.position().to_dict()))
-                self.saved = copy.deepcopy(loop.weights), place
+                position = json.loads(json.dumps(loop.recorder.position().to_dict()))
+                self.saved = copy.deepcopy(loop.weights), position
         if killed:
             loop.recorder._saving.drain()
             loop.recorder.store.close()
@@ -117,12 +117,12 @@ def test_neither_resume_points_nor_signals_are_touched(trainer):
     assert trainer.train(59).copies == 3  # two rehearsals and the member at 40; none for a resume point when it is left
 
 
-def test_a_run_left_early_says_who_knows_where_it_goes_on(trainer, caplog):
+def test_a_run_left_early_says_who_knows_where_it_resumes(trainer, caplog):
     trainer.train(30)
     assert "left after 30 of 60 updates; it resumes where the trainer's checkpoint does" in caplog.text
 
 
-def test_a_finished_run_goes_on_from_a_checkpoint_before_its_end(trainer):
+def test_a_finished_run_resumes_from_a_checkpoint_before_its_end(trainer):
     trainer.every = 50
     trainer.train()
     assert counts(trainer.train(59)) == [(20, 20), (40, 40)]
@@ -151,8 +151,8 @@ def test_a_finished_run_is_not_begun_again(trainer):
 def test_a_checkpoint_at_the_end_that_missed_the_last_member_has_it_taken_again(trainer):
     trainer.every = 60
     trainer.train()
-    weights, place = trainer.saved
-    trainer.saved = weights, {"step": 60, "members": place["members"][:2]}
+    weights, position = trainer.saved
+    trainer.saved = weights, {"step": 60, "members": position["members"][:2]}
     assert counts(trainer.train()) == [(20, 20), (40, 40), (60, 60)]
     assert SnapshotStore(trainer.directory).stopped == "finished"
 
@@ -167,7 +167,7 @@ def test_beginning_anew_on_members_is_refused_and_resume_false_moves_them_aside(
     assert len(members_of(trainer.directory.with_name("run.1"))) == 1
 
 
-def test_resume_false_does_not_move_a_run_aside_that_a_checkpoint_goes_on_with(trainer):
+def test_resume_false_does_not_move_a_run_aside_that_a_checkpoint_resumes(trainer):
     trainer.every = 30
     trainer.train(30, killed=True)
     assert counts(trainer.train(resume=False)) == [(20, 20), (40, 40), (60, 60)]
@@ -229,7 +229,7 @@ def test_a_reader_of_the_store_forgets_nothing(trainer):
     "values",
     [{}, {"step": 3}, {"step": "3", "members": []}, {"step": 3, "members": [4]}, {"step": 3, "members": [], "more": 1}],
 )
-def test_what_is_no_place_is_refused(values):
+def test_what_is_no_position_is_refused(values):
     with pytest.raises(ProtocolError, match="a position has a step and the digests of members"):
         Position.from_dict(values)
 
@@ -249,11 +249,11 @@ class Together:
         return values
 
 
-def test_every_process_of_a_group_goes_on_at_the_same_place(tmp_path):
+def test_every_process_of_a_group_resumes_at_the_same_position(tmp_path):
     trainer = Trainer(tmp_path / "run", Program("star", SIXTY, Restart("first", "reset")), every=30)
     trainer.train(45, killed=True)
     shared = [None, None], threading.Barrier(2)
-    events, places = [None, None], [None, None]
+    events, positions = [None, None], [None, None]
 
     def process(rank):
         loop = Loop(
@@ -262,7 +262,7 @@ def test_every_process_of_a_group_goes_on_at_the_same_place(tmp_path):
         with loop:
             loop.recorder.start()
             events[rank] = [event for _ in range(30) for event in loop.step()]
-            places[rank] = loop.recorder.position()
+            positions[rank] = loop.recorder.position()
 
     threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
@@ -270,8 +270,8 @@ def test_every_process_of_a_group_goes_on_at_the_same_place(tmp_path):
     for thread in threads:
         thread.join()
     assert events[0] == events[1] != []
-    assert [place.step for place in places] == [60, 60]
-    assert [len(place.members) for place in places] == [3, 0]
+    assert [position.step for position in positions] == [60, 60]
+    assert [len(position.members) for position in positions] == [3, 0]
 
 
 def test_a_trainer_of_the_programs_length_or_without_one_is_fine():
@@ -281,7 +281,7 @@ def test_a_trainer_of_the_programs_length_or_without_one_is_fine():
         check_length(Program("snapshot", SIXTY), float("inf"), "max_steps")
 
 
-def test_a_trainer_that_goes_on_after_the_program_is_refused():
+def test_a_trainer_that_continues_after_the_program_is_refused():
     with pytest.raises(ProtocolError, match=r"to do 61 updates, the program ends after 60: pass max_steps=60, or"):
         check_length(Program("snapshot", SIXTY), 61, "max_steps")
 

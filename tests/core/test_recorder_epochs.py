@@ -62,7 +62,7 @@ class Run:
                 evaluate()
             self.die_if("evaluated")
             if self.recorder.cursor.step == self.kill and self.where == "asked":
-                self.recorder._batch_is_asked_for()
+                self.recorder._points.amend()
                 self.die_if("asked")
         self.recorder.close()
 
@@ -196,13 +196,83 @@ def test_what_micro_batches_draw_is_drawn_again_after_a_resume(tmp_path):
     assert walk(tmp_path / "left") == whole[12:]
 
 
+@pytest.mark.parametrize("kill", [21, 22, 23, 24, 26, 29])
+@pytest.mark.parametrize("form", ["batches", "epochs"])
+def test_killed_between_micro_batches_what_they_drew_after_the_point_is_drawn_again(tmp_path, form, kill):
+    """Four make an update; the point of update 5 comes in an epoch's middle, and those that follow draw (dropout)."""
+
+    def walk(directory, kill=None):
+        random.seed(3)
+        np.random.seed(3)
+        drawn = []
+        with Loop(directory, CosineCycles(0.1, 10, 2)) as loop:
+            loop.recorder.start()
+            first = count = 4 * loop.updates
+            recorder, loader = loop.recorder, Shuffled()
+            epochs = recorder.epochs_of(loader) if form == "epochs" else [(0, recorder.batches(loader))]
+            for _, batches in epochs:
+                for _ in batches:
+                    drawn.append(random.random())
+                    count += 1
+                    if count % 4 == 0:
+                        loop.step()
+                    if count == kill:
+                        recorder.position()
+                        recorder.store.close()
+                        raise KilledError
+                drawn.append(evaluate())
+        return first, drawn
+
+    whole = walk(tmp_path / "whole")[1]
+    with pytest.raises(KilledError):
+        walk(tmp_path / "killed", kill)
+    first, drawn = walk(tmp_path / "killed")
+    assert first == 20
+    assert drawn == whole[-len(drawn) :]
+
+
+@pytest.mark.parametrize("leave", [6, 9, 11, 12, 14, 15, 17])
+def test_a_loop_that_numbers_its_batches_goes_on_with_the_number_that_is_next(tmp_path, leave):
+    """Four micro-batches make an update, and so do those left at the end of an epoch of ten."""
+
+    def walk(directory, leave=None):
+        with Loop(directory, CosineCycles(0.1, 12, 2)) as loop:
+            loop.recorder.start()
+            updates, waiting = [], []
+            for _, batches in loop.recorder.epochs_of("abcdefghij"):
+                for number, batch in enumerate(batches, batches.start):
+                    waiting.append(batch)
+                    leave = leave and leave - 1
+                    if number % 4 == 3 or number == 9:
+                        loop.step()
+                        updates.append("".join(waiting))
+                        waiting = []
+                    if leave == 0:
+                        return updates
+        return updates
+
+    assert walk(tmp_path / "whole") == ["abcd", "efgh", "ij"] * 4
+    before = walk(tmp_path / "left", leave)
+    assert before + walk(tmp_path / "left") == ["abcd", "efgh", "ij"] * 4
+
+
+def test_an_epoch_that_is_begun_starts_at_0(tmp_path):
+    with Loop(tmp_path, CosineCycles(0.1, 20, 2)) as loop:
+        starts = []
+        for _, batches in loop.recorder.epochs_of(range(10)):
+            starts.append(batches.start)
+            for _ in batches:
+                loop.step()
+    assert starts == [0, 0]
+
+
 @pytest.mark.parametrize("where", ["loader", "sampler", "batch_sampler", "inner", "dataset", "wrapped", "twice"])
 def test_the_number_of_an_epoch_is_given_wherever_it_is_asked_for(tmp_path, where):
-    told = []
+    called = []
 
-    class Told:
+    class Called:
         def set_epoch(self, epoch):
-            told.append(epoch)
+            called.append(epoch)
 
     class Loader(list):
         pass
@@ -213,22 +283,24 @@ def test_the_number_of_an_epoch_is_given_wherever_it_is_asked_for(tmp_path, wher
             setattr(loader, name, part)
         return loader
 
-    class Own(Loader, Told):
+    class Own(Loader, Called):
         pass
 
     made = {
         "loader": lambda: Own(range(5)),
-        "sampler": lambda: loader_with(sampler=Told()),
-        "batch_sampler": lambda: loader_with(batch_sampler=Told()),
-        "inner": lambda: loader_with(batch_sampler=SimpleNamespace(sampler=Told())),
-        "dataset": lambda: loader_with(dataset=Told()),
-        "wrapped": lambda: loader_with(base_dataloader=SimpleNamespace(loader=loader_with(sampler=Told()))),
-        "twice": lambda: loader_with(sampler=(told_once := Told()), batch_sampler=SimpleNamespace(sampler=told_once)),
+        "sampler": lambda: loader_with(sampler=Called()),
+        "batch_sampler": lambda: loader_with(batch_sampler=Called()),
+        "inner": lambda: loader_with(batch_sampler=SimpleNamespace(sampler=Called())),
+        "dataset": lambda: loader_with(dataset=Called()),
+        "wrapped": lambda: loader_with(base_dataloader=SimpleNamespace(loader=loader_with(sampler=Called()))),
+        "twice": lambda: loader_with(
+            sampler=(called_once := Called()), batch_sampler=SimpleNamespace(sampler=called_once)
+        ),
     }[where]()
     with Loop(tmp_path, CosineCycles(0.1, 15, 3)) as loop:
         for _ in loop.recorder.batches(made):
             loop.step()
-    assert told == [0, 1, 2]
+    assert called == [0, 1, 2]
 
 
 def test_a_point_that_a_later_update_has_replaced_is_not_amended(tmp_path):

@@ -1,4 +1,4 @@
-"""Several processes that train one model, played by threads: one writes, all are in the same place."""
+"""Several processes that train one model, played by threads: one writes, all are at the same position."""
 
 import os
 import queue
@@ -97,22 +97,22 @@ def test_the_other_process_writes_nothing_and_has_no_store(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_both_go_on_in_the_same_place_each_with_random_states_of_its_own(tmp_path):
+def test_both_resume_at_the_same_position_each_with_random_states_of_its_own(tmp_path):
     def begin(group):
         with Marked(tmp_path, LONG, group) as loop:
             loop.step(30)
 
-    def go_on(group):
+    def resume(group):
         with Marked(tmp_path, LONG, group) as loop:
             loop.mark = "lost"
             loop.recorder.start()
             return loop.recorder.cursor.step, loop.updates, loop.mark
 
     assert both(begin) == [None, None]
-    assert both(go_on) == [(30, 30, "of process 0"), (30, 30, "of process 1")]
+    assert both(resume) == [(30, 30, "of process 0"), (30, 30, "of process 1")]
 
 
-def test_each_has_its_own_place_in_the_data(tmp_path):
+def test_each_has_its_own_position_in_the_data(tmp_path):
     def until(update):
         def train(group):
             seen = []
@@ -131,7 +131,7 @@ def test_each_has_its_own_place_in_the_data(tmp_path):
     assert both(until(6)) == [["0d", "0e", "0a"], ["1d", "1e", "1a"]]
 
 
-def test_with_another_number_of_processes_all_go_on_with_the_states_of_the_first(tmp_path):
+def test_with_another_number_of_processes_all_resume_with_the_states_of_the_first(tmp_path):
     def begin(group):
         with Marked(tmp_path, LONG, group) as loop:
             loop.step(30)
@@ -166,7 +166,7 @@ def test_the_other_process_waits_until_the_directory_is_open(tmp_path):
     assert True in order
 
 
-def test_one_that_fails_alone_does_not_write_a_place_that_the_other_has_not(tmp_path):
+def test_one_that_fails_alone_does_not_write_a_position_that_the_other_has_not(tmp_path):
     def train(group):
         with Loop(tmp_path, LONG, group=group) as loop:
             loop.step(30)
@@ -202,19 +202,19 @@ def _default():
 
 def terminated_at(update, directory, plan=LONG):
     """Where each process leaves, if the first gets the signal before that update."""
-    places = {}
+    positions = {}
 
     def train(group):
         with Loop(directory, plan, group=group) as loop:
             for step in range(loop.recorder.program.updates):
                 if (group.rank, step) == (0, update):
                     os.kill(os.getpid(), signal.SIGTERM)
-                places[group.rank] = step + 1
+                positions[group.rank] = step + 1
                 loop.step()
 
     errors = both(train)
     assert [getattr(error, "code", error) for error in errors] == [143, 143]
-    return places
+    return positions
 
 
 @pytest.mark.parametrize(("update", "expected"), [(49, 50), (50, 100), (120, 150)])
@@ -229,7 +229,7 @@ def test_a_signal_shortly_before_the_end_is_heard_at_the_end(tmp_path):
     assert SnapshotStore(tmp_path).stopped == "finished"
 
 
-def test_updates_told_in_bulk_agree_when_they_pass_the_moment(tmp_path):
+def test_updates_recorded_in_bulk_agree_when_they_pass_the_moment(tmp_path):
     asked = []
     group = alone(0, lambda value: asked.append(value) or [value, value])
     with Loop(tmp_path, LONG, group=group, resumable=False) as loop:
@@ -239,7 +239,7 @@ def test_updates_told_in_bulk_agree_when_they_pass_the_moment(tmp_path):
         assert asked == [None, 0]  # whether the rehearsal was refused, and whether a signal has come
 
 
-def test_what_is_told_to_another_process_ends_this_one(tmp_path):
+def test_a_signal_to_another_process_ends_this_one(tmp_path):
     group = alone(1, lambda value: [signal.SIGTERM if value == 0 else None, value])
     with Loop(tmp_path, LONG, group=group) as loop:
         loop.step(49)

@@ -173,7 +173,7 @@ def test_killed_before_the_first_point_it_starts_anew(tmp_path, monkeypatch, nam
     assert_same(members_of(tmp_path), simulate(STAR, 0))
 
 
-def test_killed_between_the_point_and_the_manifest_it_goes_on_with_the_member_that_the_point_names(
+def test_killed_between_the_point_and_the_manifest_it_resumes_with_the_member_that_the_point_names(
     tmp_path, monkeypatch
 ):
     killed_in("add", monkeypatch, tmp_path)
@@ -187,7 +187,7 @@ def test_killed_between_the_point_and_the_manifest_it_goes_on_with_the_member_th
 
 
 @pytest.mark.parametrize("method", ["single", "cosine", "nocycle", "snapshot", "singlecycle", "independent", "star"])
-def test_every_method_goes_on_after_a_kill(tmp_path, method):
+def test_every_method_resumes_after_a_kill(tmp_path, method):
     plan = program(method, lr=0.1, steps=12, cycles=3)
 
     def dies(step):

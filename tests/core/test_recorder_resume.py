@@ -1,4 +1,4 @@
-"""A run that was left and is opened again: where it goes on, what it says, and what it refuses."""
+"""A run that was left and is opened again: where it resumes, what it says, and what it refuses."""
 
 import contextlib
 import logging
@@ -78,7 +78,7 @@ def test_left_again_and_again_a_run_has_the_members_of_one_never_stopped(steps, 
         assert (store.program, store.stopped) == (plan.to_dict(), "finished")
 
 
-def test_a_run_left_before_its_update_goes_on_with_the_batch_that_it_had(tmp_path):
+def test_a_run_left_before_its_update_resumes_with_the_batch_that_it_had(tmp_path):
     """`for batch in run.batches(loader): if time_is_up(): break` comes before the update."""
     seen = []
     for until in (3, 8, 60):
@@ -93,7 +93,7 @@ def test_a_run_left_before_its_update_goes_on_with_the_batch_that_it_had(tmp_pat
 
 
 @pytest.mark.parametrize("update", [13, 20, 33, 59])
-def test_a_managed_run_that_fails_at_any_update_goes_on_from_the_last_point(tmp_path, update):
+def test_a_managed_run_that_fails_at_any_update_resumes_from_the_last_point(tmp_path, update):
     plan = program("star", lr=0.2, steps=60, cycles=3)
 
     def fails(step, loss):
@@ -104,12 +104,12 @@ def test_a_managed_run_that_fails_at_any_update_goes_on_from_the_last_point(tmp_
         managed(tmp_path, plan, report=fails, resume_every=8)
     backend = NumpyBackend()
     managed(tmp_path, plan, backend)
-    begun = max(place for place in (8, 16, 20, 24, 32, 40, 48, 56) if place < update)
+    begun = max(step for step in (8, 16, 20, 24, 32, 40, 48, 56) if step < update)
     assert next(entry for entry in backend.log if entry[0] == "train")[1] == begun
     assert_same(members_of(tmp_path), simulate(plan, 0))
 
 
-def test_the_restart_that_follows_a_member_is_done_by_the_run_that_goes_on(tmp_path):
+def test_the_restart_that_follows_a_member_is_done_by_the_run_that_resumes(tmp_path):
     plan = program("star", lr=0.2, steps=60, cycles=3)
     with Loop(tmp_path, plan) as loop:
         loop.step(20)
@@ -141,19 +141,19 @@ def test_a_point_at_a_member_refers_to_its_file_and_another_holds_the_weights(tm
 
 
 def test_what_belongs_to_a_point_is_brought_up_to_date_before_every_one(tmp_path):
-    told = []
-    with Loop(tmp_path, resume_every=8, before_point=lambda: told.append(loop.updates)) as loop:
+    called = []
+    with Loop(tmp_path, resume_every=8, before_point=lambda: called.append(loop.updates)) as loop:
         for _ in range(27):
             loop.step()
-    assert told == [8, 16, 20, 24, 27]
-    with Loop(tmp_path, before_point=lambda: told.append(loop.updates)) as loop:
+    assert called == [8, 16, 20, 24, 27]
+    with Loop(tmp_path, before_point=lambda: called.append(loop.updates)) as loop:
         loop.recorder.start()
         for _ in range(33):
             loop.step()
-    assert told == [8, 16, 20, 24, 27, 40]  # the last member needs no point
+    assert called == [8, 16, 20, 24, 27, 40]  # the last member needs no point
 
 
-def test_a_point_is_written_whenever_that_many_updates_are_passed_however_they_are_told(tmp_path):
+def test_a_point_is_written_whenever_that_many_updates_are_passed_however_they_are_recorded(tmp_path):
     with Loop(tmp_path, resume_every=8) as loop:
         copies = []
         for n in (7, 0, 2, 6, 0, 4):  # 7, 7, 9, 15, 15, 19
@@ -200,7 +200,7 @@ def test_a_state_that_cannot_be_loaded_leaves_the_point_as_it_was(tmp_path, monk
         (False, 25, False, "left after 25 of 60 updates; there is no resume point"),
     ],
 )
-def test_a_run_left_early_says_where_and_whether_it_goes_on(tmp_path, caplog, resumable, updates, crash, expected):
+def test_a_run_left_early_says_where_and_whether_it_resumes(tmp_path, caplog, resumable, updates, crash, expected):
     def leave():
         with Loop(tmp_path, resumable=resumable) as loop:
             for _ in range(updates):
@@ -216,7 +216,7 @@ def test_a_run_left_early_says_where_and_whether_it_goes_on(tmp_path, caplog, re
     assert caplog.record_tuples == [("snapcore", logging.WARNING, f"{tmp_path}: {expected}")]
 
 
-def test_a_run_that_goes_on_says_so_and_one_that_is_finished_says_nothing(tmp_path, caplog):
+def test_a_run_that_resumes_says_so_and_one_that_is_finished_says_nothing(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     with Loop(tmp_path) as loop:
         loop.recorder.start()
@@ -309,7 +309,7 @@ def test_a_manifest_with_a_member_that_the_point_does_not_count_is_refused(left)
 
 
 @pytest.mark.parametrize("resume", [True, False])
-def test_a_point_whose_manifest_was_deleted_is_not_gone_on_with(left, resume):
+def test_a_point_whose_manifest_was_deleted_is_not_resumed(left, resume):
     for name in ("snapcore.json", "snapshot-001.safetensors"):
         (left / name).unlink()
     with pytest.raises(CorruptSnapshotError, match=r"has a resume point, but snapcore\.json knows of no run"):

@@ -27,11 +27,11 @@ STAR = Program("star", CosineCycles(0.2, 9, 3), Restart("first", "reset"))
 
 @pytest.fixture(autouse=True)
 def earlier():
-    """A handler of the program's own; what it was told of."""
-    told = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    """A handler of the program's own; what it was called with."""
+    called = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: called.append(number))
     handler = signal.getsignal(signal.SIGTERM)
-    yield told
+    yield called
     assert signal.getsignal(signal.SIGTERM) is handler  # whatever happened, it is back
     signal.signal(signal.SIGTERM, before)
 
@@ -62,7 +62,7 @@ def test_terminated_in_any_update_a_run_has_the_members_of_one_never_stopped(tmp
     assert SnapshotStore(tmp_path).stopped == "finished"
 
 
-def test_terminated_a_managed_run_goes_on_where_its_native_loop_came_back(tmp_path):
+def test_terminated_a_managed_run_resumes_where_its_native_loop_came_back(tmp_path):
     plan = program("singlecycle", lr=0.2, steps=60, cycles=3)
     terminated(lambda: managed(tmp_path, plan, report=lambda step, loss: step == 27 and terminate(), resume_every=10))
     assert read_point(tmp_path).state["place"]["step"] == 30

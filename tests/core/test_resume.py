@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from safetensors.numpy import load_file, save_file
 
+import snapcore.store.tensor_file
 from snapcore import CorruptSnapshotError, CosineCycles, Cursor, StoreError
 from snapcore.run import random_state
 from snapcore.store import Member, ResumePoint, SnapshotStore, read_point
@@ -29,8 +30,8 @@ PROCESS = {"random": RANDOM, "data": {"epoch": 1, "batches": 3, "random": RANDOM
 def state(values=None, step=7):
     cursor = Cursor(CosineCycles(0.1, 60, 3))
     cursor.advance(step)
-    place = json.loads(json.dumps(cursor.state_dict()))
-    return {"framework": "numpy", "place": place, "values": values or {}, "processes": [copy.deepcopy(PROCESS)]}
+    position = json.loads(json.dumps(cursor.state_dict()))
+    return {"framework": "numpy", "place": position, "values": values or {}, "processes": [copy.deepcopy(PROCESS)]}
 
 
 POINT = ResumePoint({"moment": np.arange(3.0), "weights/w": np.ones((2, 2), "f4")}, state())
@@ -378,3 +379,18 @@ def test_tied_tensors_of_a_point_are_written_once_and_come_back_under_each_name(
     write_point(tmp_path, point)
     assert same(read_point(tmp_path), point)
     assert load_file(file(tmp_path)).keys() == {"a", "c"}
+
+
+def test_a_point_that_is_replaced_while_it_is_read_is_the_one_that_was_opened(tmp_path, monkeypatch):
+    write_point(tmp_path / "run", POINT)
+    write_point(tmp_path / "other", OTHER)
+    original = snapcore.store.tensor_file._read_header
+
+    def replaced_first(*args):
+        os.replace(tmp_path / "other/resume/point.safetensors", tmp_path / "run/resume/point.safetensors")  # noqa: PTH105
+        return original(*args)
+
+    monkeypatch.setattr(snapcore.store.tensor_file, "_read_header", replaced_first)
+    assert read_point(tmp_path / "run").state == POINT.state
+    monkeypatch.undo()
+    assert read_point(tmp_path / "run").state == OTHER.state

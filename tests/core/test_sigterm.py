@@ -14,10 +14,10 @@ from snapcore.run.sigterm import EXIT_CODE, SigtermHandler
 
 @pytest.fixture
 def earlier():
-    """A handler of the program's own; what it was told of."""
-    told = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
-    yield told
+    """A handler of the program's own; what it was called with."""
+    called = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: called.append(number))
+    yield called
     signal.signal(signal.SIGTERM, before)
 
 

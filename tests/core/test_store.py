@@ -197,7 +197,7 @@ def test_an_index_that_is_there_is_refused_and_its_file_untouched(run):
     assert (run / "snapshot-002.safetensors").read_bytes() == before
 
 
-def test_writing_goes_on_where_an_earlier_writer_ended(run):
+def test_writing_resumes_where_an_earlier_writer_ended(run):
     with SnapshotStore(run, "w") as store:
         save(store, 3)
     assert [member.index for member in SnapshotStore(run).members] == [1, 2, 3]

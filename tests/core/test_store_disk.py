@@ -117,7 +117,7 @@ with SnapshotStore(sys.argv[1], "w") as store:
 """
 
 
-def test_a_file_that_the_system_refuses_to_grow_is_reported_and_the_run_goes_on(run):
+def test_a_file_that_the_system_refuses_to_grow_is_reported_and_the_run_continues(run):
     output = subprocess.run([sys.executable, "-c", LIMITED, run], capture_output=True, text=True, check=True).stdout
     assert "snapshot-002.safetensors could not be written, which needs 80000 bytes" in output
     assert "File too large" in output

@@ -23,7 +23,16 @@ from snapcore.errors import (
     StoreError,
     printable,
 )
-from snapcore.store import ResumePoint, SnapshotStore, map_tensors, move_aside, read_point, read_regular, tied_names
+from snapcore.store import (
+    ResumePoint,
+    SnapshotStore,
+    map_tensors,
+    move_aside,
+    read_point,
+    read_regular,
+    seal,
+    tied_names,
+)
 
 from .test_resume import state
 
@@ -148,6 +157,32 @@ def test_a_manifest_that_no_reader_would_take_is_not_written(tmp_path):
             store.describe(program={"text": "x" * 2**24})
         assert store.program is None
     assert SnapshotStore(tmp_path).program is None
+
+
+def nested(levels):
+    return json.loads(
+        '{"a":' * (levels // 2) + "[" * (levels - levels // 2) + "]" * (levels - levels // 2) + "}" * (levels // 2)
+    )
+
+
+def test_a_program_that_is_deeper_than_any_is_neither_written_nor_read(tmp_path):
+    with SnapshotStore(tmp_path, "w") as store:
+        store.describe(program=nested(100))
+        assert store.program == nested(100)
+        with pytest.raises(StoreError, match="a program has at most 100 levels of lists and objects"):
+            store.describe(program=nested(101))
+    (tmp_path / "snapcore.json").write_bytes(
+        seal({"format": 1, "program": nested(101), "stopped": None, "members": []})
+    )
+    with pytest.raises(CorruptSnapshotError, match=r"snapcore\.json is not a manifest.*at most 100 levels"):
+        SnapshotStore(tmp_path)
+
+
+def test_settings_in_a_resume_point_are_an_object(tmp_path):
+    with SnapshotStore(tmp_path, "w") as store:
+        store.write_point(ResumePoint({}, {**state(), "settings": {"optimizer": "SGD"}}))
+        with pytest.raises(StoreError, match=r"Expected `object`, got `bool` - at `\$\.state\.settings`"):
+            store.write_point(ResumePoint({}, {**state(), "settings": True}))
 
 
 # ------------------------------------------------------------------------------------------------ absurd headers
@@ -323,7 +358,7 @@ def refusing_directories(number):
 @pytest.mark.parametrize(
     "number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM]
 )
-def test_only_who_has_no_room_is_told_to_make_room(run, monkeypatch, number):
+def test_only_who_has_no_room_is_asked_to_make_room(run, monkeypatch, number):
     original = os.open
 
     def fails(path, flags, *rest, **options):

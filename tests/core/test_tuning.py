@@ -14,7 +14,7 @@ from snapcore.ensemble.tuning import deviation
 
 
 class Machine:
-    """Strategies that take as long as they are told to, on a clock of their own."""
+    """Strategies that take as long as they are asked to, on a clock of their own."""
 
     def __init__(self, seconds, results=None):
         self.seconds, self.results, self.now, self.calls = seconds, results or {}, 0.0, []

@@ -58,7 +58,7 @@ def loaded(tensors):
 
 @dataclass
 class NumpyBackend:
-    """The smallest backend: a quadratic, momentum, noise, and a log of what it was told."""
+    """The smallest backend: a quadratic, momentum, noise, and a log of what it was asked."""
 
     loss: object = staticmethod(lambda step: 1.0)
     spoil: int | None = None
@@ -141,8 +141,8 @@ class Shuffled:
     def __iter__(self):
         order = list(range(self.batches))
         random.shuffle(order)
-        for place in np.random.permutation(order):
-            yield X[place : place + 4] + np.random.normal(scale=0.1) + random.gauss(0, 0.1)
+        for start in np.random.permutation(order):
+            yield X[start : start + 4] + np.random.normal(scale=0.1) + random.gauss(0, 0.1)
 
 
 class Training:
@@ -221,7 +221,7 @@ def undisturbed(plan):
 
 
 class Loop:
-    """A user's loop: one weight that counts the updates, so that a member tells when it was copied."""
+    """A user's loop: one weight that counts the updates, so that a member shows when it was copied."""
 
     fresh = None
     given = {}  # noqa: RUF012

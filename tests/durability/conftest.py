@@ -16,6 +16,9 @@ AT_RANDOM = "1. killed at a random instant"
 AT_POINT = "2. killed at a named point"
 REFUSED = "3. refused by the disk, then started again"
 DAMAGED = "4. damaged at random"
+MOVED = "5. moved or deleted at a random instant, and another run started at its name"
+INTERRUPTED = "6. Ctrl-C at a random instant"
+SLOW_DISK = "7. ended on a disk that takes half a second for a flush"
 
 
 class Reference(NamedTuple):

@@ -7,11 +7,15 @@ import itertools
 import os
 import resource
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOM = 10_000
 """Bytes that a file may have once the disk is full: enough for what the run says, too few for a member."""
+SLOWNESS = 0.5
+"""Seconds that a call takes on a slow disk."""
+STALL = "stall"
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,8 @@ class Fault:
 
     Arguments:
         call: the function at which it does, as `module:name` or `module:Class.name`.
-        act: the name of a signal or of an error, or `FULL`.
+        act: the name of a signal or of an error, `FULL`, `SLOW`, or `STALL`, which makes a file of that name in the
+            working directory and waits until somebody deletes it.
         match: only calls that have this text in their arguments; a file descriptor counts as its path.
         count: at which of those calls.
         after: once the call has returned, instead of before it.
@@ -72,6 +77,12 @@ def _act(act: str) -> None:
         os.kill(os.getpid(), getattr(signal, act))
     elif act == "FULL":
         resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, ROOM))
+    elif act == "SLOW":
+        time.sleep(SLOWNESS)
+    elif act == "STALL":
+        Path(STALL).touch()
+        while Path(STALL).exists():
+            time.sleep(0.005)
     else:
         number = getattr(errno, act)
         raise OSError(number, os.strerror(number))

@@ -123,6 +123,7 @@ def altered(data):
     return data[:-2] + bytes([data[-2] ^ 64]) + data[-1:]  # a bracket, or a number
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("name", [*FILES, "job.json"])
 def test_the_command_names_a_damaged_file_in_one_line_and_goes_on_once_it_is_restored(
     zygote, reference, tmp_path, killed, name

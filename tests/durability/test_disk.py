@@ -59,6 +59,7 @@ def assert_whole(directory, undisturbed):
         assert (directory / member.file).stat().st_size > ROOM
 
 
+@pytest.mark.exhaustive(keep=3)
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_disk_that_refuses_stops_the_command_with_one_line_and_the_same_command_goes_on(
     zygote, reference, tmp_path, note, name

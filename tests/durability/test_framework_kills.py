@@ -52,6 +52,7 @@ def undisturbed(tmp_path_factory):
     return of
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("number", range(max(KILLS // 5, 1)))
 @pytest.mark.parametrize("backend", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in BACKENDS])
 def test_a_run_killed_at_a_random_instant_ends_as_the_undisturbed_one(undisturbed, tmp_path, note, backend, number):

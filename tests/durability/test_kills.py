@@ -41,6 +41,7 @@ def trial(launch, folder, length, number, most=3):
     return directory, places
 
 
+@pytest.mark.exhaustive(keep=3)
 @pytest.mark.parametrize("number", range(KILLS))
 def test_a_run_killed_at_random_instants_ends_as_the_undisturbed_one(zygote, reference, tmp_path, note, number):
     """Asked for in ten repositories: nothing corrupt after a kill, no orphan temporary files."""
@@ -73,6 +74,7 @@ def spawned_length(tmp_path_factory, reference):
     return length
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("number", range(max(KILLS // 10, 1)))
 def test_the_command_line_killed_at_random_instants_ends_as_the_undisturbed_one(
     reference, spawned_length, tmp_path, note, number

@@ -49,6 +49,7 @@ POINTS = {
 WITH_METHOD = [(name, METHODS[place % len(METHODS)]) for place, name in enumerate(POINTS)]
 
 
+@pytest.mark.exhaustive(keep=6)
 @pytest.mark.parametrize(("name", "method"), WITH_METHOD)
 def test_a_run_killed_at_a_named_point_ends_as_the_undisturbed_one(zygote, reference, tmp_path, note, name, method):
     directory = tmp_path / "run"

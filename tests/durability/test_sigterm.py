@@ -17,6 +17,7 @@ def told(count):
     return Fault(RECORD, "SIGTERM", count=count)
 
 
+@pytest.mark.exhaustive(keep=2)
 @pytest.mark.parametrize(
     ("updates", "method"),
     [(EVERY, "star"), *((CYCLE, method) for method in METHODS), (30, "snapshot"), (UPDATES - EVERY, "singlecycle")],
@@ -50,6 +51,7 @@ def test_a_run_asked_to_stop_again_and_again_ends_as_the_undisturbed_one(zygote,
     assert_same(directory, reference().directory)
 
 
+@pytest.mark.exhaustive
 def test_the_command_line_asked_to_stop_from_outside_goes_on_exactly(reference, tmp_path):
     directory = tmp_path / "run"
     (tmp_path / HOLD).touch()

@@ -4,6 +4,8 @@ A child is a process of its own with the command's own exit code, and is killed 
 of JSON; each has one line of JSON for an answer.
 """
 
+import atexit
+import contextlib
 import gc
 import importlib
 import io
@@ -59,6 +61,7 @@ def serve(children):
 
 
 def become(arguments, folder, log, fault):
+    atexit._clear()  # what the imports have registered takes time, and is not what is tested
     os.chdir(folder)
     for descriptor, path, flags in (
         (0, os.devnull, os.O_RDONLY),
@@ -82,6 +85,8 @@ if __name__ == "__main__":
         try:
             main()
         except SystemExit as end:
+            with contextlib.suppress(KeyboardInterrupt):  # which Python would note, and leave all the same
+                atexit._run_exitfuncs()  # such as the one that waits for the writer
             sys.stdout.flush()
             os._exit(end.code)  # taking the interpreter down would take as long as the run
     for left in begun:

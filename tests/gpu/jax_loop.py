@@ -86,7 +86,7 @@ def by_hand(model: Model, data: TrainingData) -> tuple[Train, Train]:
     return scanned, called
 
 
-def going_on(train: Train, updates: int) -> Contender:
+def continued(train: Train, updates: int) -> Contender:
     """Return a contender whose every sample does the next updates."""
     done = 0
 
@@ -103,10 +103,10 @@ def loops(setting: Setting, model: Model, updates: int) -> None:
     setting.found |= {"updates in a sample": updates, "model": model.__name__}
     scanned, called = by_hand(model, data)
     setting.compare(
-        {"managed": going_on(managed(model, data), updates)},
+        {"managed": continued(managed(model, data), updates)},
         {
-            "by hand, lax.scan": going_on(scanned, updates),
-            "by hand, one compiled update after another": going_on(called, updates),
+            "by hand, lax.scan": continued(scanned, updates),
+            "by hand, one compiled update after another": continued(called, updates),
         },
     )
 

@@ -56,9 +56,9 @@ def run_part(part: Part, folder: Path, size: str, end: float) -> dict[str, Any]:
 
 def run_process(part: Part, results: Results, log: Path, folder: Path, size: str, end: float) -> str | None:
     """Run what has no result yet in one process; return None, or how it ended before it was done."""
-    place = Path(tempfile.mkdtemp(prefix=part.name, dir=folder))
+    scratch = Path(tempfile.mkdtemp(prefix=part.name, dir=folder))
     left = end - time.monotonic()
-    command = [sys.executable, str(WORKER), part.name, str(results.path), str(place), size, str(left)]
+    command = [sys.executable, str(WORKER), part.name, str(results.path), str(scratch), size, str(left)]
     with log.open("a") as output:
         process = subprocess.Popen(
             command,
@@ -73,7 +73,7 @@ def run_process(part: Part, results: Results, log: Path, folder: Path, size: str
             return f"it did not stop {GRACE:.0f} s after its time was used"
         finally:
             end_group(process)
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
     if code < 0:
         return f"its process was ended by {signal.Signals(-code).name}"
     return f"its process ended with code {code}" if code else None

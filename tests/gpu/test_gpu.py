@@ -64,6 +64,7 @@ def check_form(found):
     assert found["counts"] == {each: statuses.count(each) for each in ("passed", "measured", "failed", "not run")}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("framework", "missing"), [("torch", "no CUDA device"), ("jax", "JAX finds no GPU")])
 def test_on_a_cpu_all_is_run_but_what_needs_a_gpu(tmp_path, framework, missing):
@@ -146,6 +147,7 @@ def _(setting):
 """
 
 
+@pytest.mark.exhaustive
 def test_a_case_that_hangs_is_ended_with_its_parts_time(tmp_path):
     (tmp_path / "hanging_tests.py").write_text(HANGING)
     arguments = ["--only", "hanging_tests", "--minutes", "0.25"]  # ten seconds of it are kept for the end

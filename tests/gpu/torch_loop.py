@@ -79,7 +79,7 @@ def by_hand(begun: nn.Module, data: TrainingData, *, compiled: bool) -> Train:
     return train
 
 
-def going_on(train: Train, updates: int) -> Contender:
+def continued(train: Train, updates: int) -> Contender:
     """Return a contender whose every sample does the next updates."""
     done = 0
 
@@ -98,8 +98,8 @@ def loops(setting: Setting, make: Callable[[Setting], nn.Module], updates: int, 
     setting.found |= {"updates in a sample": updates, "parameters": sum(each.numel() for each in begun.parameters())}
     options: Any = {"compile": COMPILING} if compiled else {}
     setting.compare(
-        {"managed": going_on(managed(begun, data, **options), updates)},
-        {"by hand": going_on(by_hand(begun, data, compiled=compiled), updates)},
+        {"managed": continued(managed(begun, data, **options), updates)},
+        {"by hand": continued(by_hand(begun, data, compiled=compiled), updates)},
     )
 
 

@@ -77,8 +77,8 @@ def copied_by_hand(schedule: Any, model: nn.Module, optimizer: Optimizer, x: Ten
     return copies
 
 
-@suite.test("members are the weights at their update, while training goes on")
-def training_goes_on(setting: Setting) -> None:
+@suite.test("members are the weights at their update, while training continues")
+def training_continues(setting: Setting) -> None:
     width = setting.pick(full=2048, small=256, tiny=32)
     schedule = StepDecay(lr=0.05, steps=24, snapshots=8)
     x, y = noise(256, width).to(DEVICE), classes(256).to(DEVICE)

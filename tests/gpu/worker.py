@@ -64,9 +64,9 @@ def run_all(suite: Suite, results: Results, folder: Path, size: Size, seconds: f
     while left and (now := time.monotonic()) < end:
         share = (end - now) * left[0].share / sum(case.share for case in left)
         limit = min(end - now, max(2 * share, LEAST)) + LATE
-        place = folder / str(len(left))
-        place.mkdir()
-        run_one(left.pop(0), Setting(place, size, now + MEASURING * share), limit, suite, results)
+        path = folder / str(len(left))
+        path.mkdir()
+        run_one(left.pop(0), Setting(path, size, now + MEASURING * share), limit, suite, results)
         gc.collect()
 
 

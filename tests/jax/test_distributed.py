@@ -70,6 +70,7 @@ def test_two_processes_write_one_run_with_the_members_of_a_single_process(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "run"]
 
 
+@pytest.mark.exhaustive
 def test_when_one_is_asked_to_stop_all_leave_at_the_same_update_and_resume_together(tmp_path, alone):
     assert start(tmp_path / "run", "sharded", 2, [(1, 43, "SIGTERM")]) == [143, 143]
     assert [member.step for member in SnapshotStore(tmp_path / "run").members] == [40]

@@ -23,9 +23,9 @@ ONE_DEVICE = ("loop", "stacked", "map")
 def write(directory, *trees, framework="jax", unfinished=()):
     with SnapshotStore(directory, "w") as store:
         for index, tree in enumerate(trees, 1):
-            place = {"index": index, "step": index, "cycle": index - 1, "lr": 0.1, "framework": framework}
+            entry = {"index": index, "step": index, "cycle": index - 1, "lr": 0.1, "framework": framework}
             arrays = Copy(named_leaves(tree, random=False)).resolve()
-            store.save(arrays, **place, unfinished=index in unfinished)
+            store.save(arrays, **entry, unfinished=index in unfinished)
     return directory
 
 
@@ -95,6 +95,7 @@ def expected(trees, apply_fn, x=X):
     return combine([softmax64(np.asarray(apply_fn(tree, x), np.float64)) for tree in trees])
 
 
+@pytest.mark.exhaustive(keep=6)
 @pytest.mark.parametrize("strategy", ONE_DEVICE)
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_the_mean_of_the_softmax_of_its_members(tmp_path, name, strategy):
@@ -324,16 +325,18 @@ def test_tune_measures_every_strategy_and_keeps_the_fastest(run):
 
 
 def test_one_member_cannot_be_spread_over_devices():
-    told = "cannot be done with 1 members and .* devices: use another strategy"
-    with pytest.raises(DataError, match=told):
+    message = "cannot be done with 1 members and .* devices: use another strategy"
+    with pytest.raises(DataError, match=message):
         SnapshotEnsemble([linear()], apply_linear, strategy="sharded")
     assert "cannot be done" in SnapshotEnsemble([linear()], apply_linear).tune(X, rounds=1)["sharded"].refused
 
 
 def test_a_member_with_other_names_and_shapes_is_refused_with_a_list(run):
     like = {"w": jnp.ones((3, 5)), "c": jnp.ones(4)}
-    told = r"snapshot-001.safetensors does not fit the model \(3 differences\): 'c' \(4,\) is missing; 'b' .*'w' is \(3"
-    with pytest.raises(DataError, match=told):
+    message = (
+        r"snapshot-001.safetensors does not fit the model \(3 differences\): 'c' \(4,\) is missing; 'b' .*'w' is \(3"
+    )
+    with pytest.raises(DataError, match=message):
         SnapshotEnsemble.load(run[0], apply_linear, like=like)
 
 

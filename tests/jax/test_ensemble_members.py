@@ -81,7 +81,7 @@ OWN = [with_a_module_of_its_own, with_params_of_its_own, with_an_equinox_model_o
 @pytest.mark.parametrize("strategy", ONE_DEVICE)
 def test_a_function_that_runs_other_variables_than_it_is_given_is_refused(make, strategy):
     """One that closes over the model gives the same for all members."""
-    told = "weights differ, yet their outputs are bit-equal: have apply_fn use the variables"
+    message = "weights differ, yet their outputs are bit-equal: have apply_fn use the variables"
     for ask in (
         SnapshotEnsemble.__call__,
         SnapshotEnsemble.members,
@@ -90,7 +90,7 @@ def test_a_function_that_runs_other_variables_than_it_is_given_is_refused(make, 
     ):
         ensemble = SnapshotEnsemble(MEMBERS, make(), strategy=strategy)
         for _ in range(2):
-            with pytest.raises(DataError, match=told):
+            with pytest.raises(DataError, match=message):
                 ask(ensemble, X)
     found = SnapshotEnsemble(MEMBERS, make(), strategy=strategy, allow_equal=True)(X)
     np.testing.assert_allclose(found, softmax64(make()(None, X)), atol=1e-6)
@@ -142,7 +142,7 @@ def test_the_same_variables_may_give_the_same_and_zeros_decide_nothing():
         wrong(X)
 
 
-def test_a_module_in_the_place_of_the_function_is_refused_with_the_cure():
+def test_a_module_instead_of_the_function_is_refused_with_the_cure():
     for model in (Module(nnx.Rngs(0)), linen.Dense(4), 3):
         with pytest.raises(DataError, match=r"apply_fn must be a function of \(variables, x\), got .* operator\.call"):
             SnapshotEnsemble(MEMBERS, model)
@@ -272,6 +272,7 @@ def test_it_pickles(name, used):
     assert again.strategy == ensemble.strategy
 
 
+@pytest.mark.exhaustive
 def test_a_loaded_ensemble_pickles_for_another_process(tmp_path):
     model = Module(nnx.Rngs(0))
     directory = write(tmp_path / "run", Module(nnx.Rngs(1)), Module(nnx.Rngs(2)))

@@ -29,6 +29,7 @@ def run_example(name, folder, *arguments):
     return {name: (float(error), float(nll)) for name, error, nll in rows}
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_gives_five_members_and_an_ensemble(name, tmp_path):
     rows = run_example(name, tmp_path)

@@ -122,6 +122,7 @@ LOADERS = {
 }
 
 
+@pytest.mark.exhaustive(keep=8)
 @pytest.mark.parametrize("kill", [5, 8, 13])
 @pytest.mark.parametrize("name", LOADERS)
 def test_the_batches_after_a_kill_are_those_of_a_run_that_was_not_stopped(tmp_path, name, kill):
@@ -232,7 +233,8 @@ def test_epochs_come_with_their_number_and_after_a_resume_with_the_batches_that_
             with SnapshotRun(directory, CYCLES, resume_every=1) as run:
                 params, state = run.start(params, state)
                 for epoch, batches in run.epochs(OwnGenerator()):
-                    for batch in batches:
+                    for number, batch in enumerate(batches, batches.start):
+                        assert number == run.updates % 8
                         seen.append((epoch, batch.tolist()))
                         updates, state = TX.update(params, state)
                         params, state = run.step(params + updates, state)

@@ -61,6 +61,7 @@ MADE = {
 }
 
 
+@pytest.mark.exhaustive(keep=4)
 @pytest.mark.parametrize("kill", [5, 13, 21])
 @pytest.mark.parametrize("name", MADE)
 def test_made_anew_it_gives_the_batches_of_a_run_that_was_not_stopped(tmp_path, name, kill):

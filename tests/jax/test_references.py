@@ -114,6 +114,7 @@ def same(one, other):
     )
 
 
+@pytest.mark.exhaustive(keep=3)
 @pytest.mark.parametrize("last", [4, 6, 9])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_was_left_and_resumed_has_the_members_of_one_that_was_not(tmp_path, kind, last):

@@ -104,6 +104,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.exhaustive(keep=3)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_new_moments_are_those_of_a_new_optimizer_and_the_schedules_continue(name):
     """The oracle: the rate of the next update, and all else as `init` makes it."""

@@ -55,6 +55,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.exhaustive(keep=2)
 @pytest.mark.parametrize(
     ("name", "numbers", "every"),
     [

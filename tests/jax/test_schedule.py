@@ -57,6 +57,7 @@ def largest_error(seed, cases):
     )
 
 
+@pytest.mark.exhaustive(keep=2)
 @pytest.mark.parametrize("seed", range(10))
 def test_traced_rates_are_the_cores_up_to_the_rounding_of_float32(seed):
     assert largest_error(seed, 50) <= 4e-7
@@ -126,6 +127,7 @@ def test_what_is_no_integer_is_refused(step):
         snapshot_schedule(CYCLES)(step)
 
 
+@pytest.mark.exhaustive(keep=4)
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_traced_rates_are_weakly_typed_as_those_of_optax_are(schedule, x64):

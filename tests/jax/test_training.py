@@ -113,6 +113,7 @@ def test_the_loop_is_the_one_written_by_hand(digits, at_once):
     np.testing.assert_allclose([loss for _, loss in reports], losses, rtol=1e-3)
 
 
+@pytest.mark.exhaustive(keep=2)
 @pytest.mark.parametrize("at_once", [1, CHUNK])
 @pytest.mark.parametrize("model", ["mlp", Dropping])
 @given(cuts=st.sets(st.integers(1, CHUNK + 29), max_size=5))
@@ -149,6 +150,7 @@ class Rnn(nnx.Module):
         return self.output(hidden.reshape(len(x), -1))
 
 
+@pytest.mark.exhaustive(keep=2)
 @pytest.mark.parametrize(
     ("model", "at_once"),
     [("mlp", CHUNK), ("cnn", 1), (partial(Rnn, convolution=False), CHUNK), (partial(Rnn, convolution=True), 1)],

@@ -113,7 +113,7 @@ class Failing(Longest):
         return super().call(inputs)
 
 
-def errors_are_told_apart():
+def errors_are_distinct():
     model = Unstackable()
     model(x)
     ensemble = SnapshotEnsemble([model.get_weights()], model, strategy="stacked")
@@ -259,7 +259,7 @@ def alone_and_again():
 assert keras.backend.backend() == backend
 by_every_strategy()
 of_any_length()
-errors_are_told_apart()
+errors_are_distinct()
 refuse_probabilities()
 amid_training()
 bfloat16_bit_for_bit()

@@ -1,6 +1,6 @@
 """Fit under the callback on what KERAS_BACKEND says, `python fit_on_a_backend.py folder`; write what was seen as JSON.
 
-What a kill leaves is what lies in the folder at that moment: a copy of it is gone on with.
+What a kill leaves is what lies in the folder at that moment: a copy of it is resumed.
 """
 
 import json
@@ -120,17 +120,17 @@ def backup(folder):
 
 
 def resumed(folder, cycles, when, *, beside=False):
-    """Return how many batches a killed run took to go on, and whether its members are those of one never stopped.
+    """Return how many batches a killed run took to resume, and whether its members are those of one never stopped.
 
     Arguments:
         folder: its own.
         cycles: of the run.
         when: after which batch to die, with how many members on disk, and the resume point of which update.
-        beside: whether a backup puts the model where it goes on.
+        beside: whether a backup puts the model where it resumes.
     """
 
-    def others(place):
-        return [backup(place)] if beside else []
+    def others(path):
+        return [backup(path)] if beside else []
 
     callback = SnapshotCallback(folder / "run", cycles)
     try:
@@ -242,9 +242,9 @@ class Changes(keras.callbacks.Callback):
 
 
 def unwatched(folder):
-    """Return what a run does whose callback Keras tells of batches' ends in other threads, where it has any.
+    """Return what a run does whose callback Keras calls at batches' ends in other threads, where it has any.
 
-    Every run is compared with one that another callback has watched, which has Keras tell of them in its own thread.
+    Every run is compared with one that another callback has watched, which has Keras call it in its own thread.
     """
     star = program("star", lr=0.02, steps=21, cycles=3)
     found = {}
@@ -270,7 +270,7 @@ def unwatched(folder):
 
 
 def died(folder):
-    """Return whether a run that dies when a batch begins, the one before having led to a boundary, goes on exactly."""
+    """Return whether a run that dies when a batch begins, the one before having led to a boundary, resumes exactly."""
     batches = []
     for batch in (9, 17):  # at 8 updates, and at 16
         callback = SnapshotCallback(folder, SHORT)

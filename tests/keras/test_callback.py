@@ -1,4 +1,4 @@
-"""The callback for `fit`: what it counts, when it takes snapshots, and where it goes on."""
+"""The callback for `fit`: what it counts, when it takes snapshots, and where it resumes."""
 
 import copy
 import warnings
@@ -105,7 +105,7 @@ def test_an_epochs_last_execution_may_be_shorter_if_no_snapshot_is_due_in_one(fi
 
 
 def test_cycles_that_executions_do_not_divide_are_refused_with_the_nearest_that_works(fits, tmp_path):
-    with pytest.raises(ScheduleError, match=r"cycle of 8 updates.*executions of 5.*has 10 updates, that is steps=30"):
+    with pytest.raises(ScheduleError, match=r"cycle of 8 updates.*executions of 5.*: pass steps=30"):
         fits.fit(fits.network(SHORT, steps_per_execution=5), SnapshotCallback(tmp_path / "run", SHORT))
     assert not (tmp_path / "run").exists()
 
@@ -122,8 +122,8 @@ def test_the_nearest_cycles_named_are_the_nearest_there_are(length, cycles, per_
     with pytest.raises(ScheduleError) as refusal:
         check_cycles(schedule, per_execution, accumulation)
     nearest = min(abs(each - length) for each in fits)
-    named = " or ".join(str(each) for each in fits if abs(each - length) == nearest)
-    assert f"the nearest that is has {named} updates" in str(refusal.value)
+    named = " or ".join(str(each * cycles) for each in fits if abs(each - length) == nearest)
+    assert f": pass steps={named}, or steps_per_execution=" in str(refusal.value)
     other = int(str(refusal.value).rsplit("steps_per_execution=", 1)[1])
     assert per_execution % other == length * accumulation % other == 0
     assume(other > 1)
@@ -260,7 +260,7 @@ def test_a_model_that_is_built_in_part_is_followed_with_all_its_weights(fits, tm
     assert fits.same(fits.members(tmp_path / "run"), {step: watch.weights[step * parts] for step in (8, 16, 24)})
 
 
-def test_a_run_is_not_gone_on_with_a_model_that_is_not_built(fits, tmp_path):
+def test_a_run_is_not_resumed_with_a_model_that_is_not_built(fits, tmp_path):
     callback = SnapshotCallback(tmp_path / "run", SHORT)
     with pytest.raises(InterruptedError):
         fits.fit(head(), callback, At(12, die))
@@ -296,14 +296,14 @@ def test_executions_that_do_not_fit_are_refused_before_a_model_is_built(fits, tm
 def test_an_old_run_stays_where_a_new_one_is_refused(fits, tmp_path):
     model, cut = fits.network(SHORT), fits.network(SHORT, steps_per_execution=4)
     fits.fit(model, SnapshotCallback(tmp_path / "run", SHORT))
-    for one, told in ((model, "begin=24"), (cut, "due 8 batches from here")):
-        with pytest.raises(ProtocolError, match=told):
+    for one, message in ((model, "begin=24"), (cut, "due 8 batches from here")):
+        with pytest.raises(ProtocolError, match=message):
             fits.fit(one, SnapshotCallback(tmp_path / "run", SHORT, resume=False))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert steps(tmp_path / "run") == [8, 16, 24]
 
 
-def test_a_plain_rate_goes_on_in_its_own_run_and_begins_in_another(fits, tmp_path, unbroken):
+def test_a_plain_rate_continues_in_its_own_run_and_begins_in_another(fits, tmp_path, unbroken):
     model = fits.network(SHORT, 0.7)
     for epochs in (1, 2):
         fits.fit(model, SnapshotCallback(tmp_path / "one", SHORT, resume=False), epochs=epochs)
@@ -316,7 +316,7 @@ def test_a_plain_rate_goes_on_in_its_own_run_and_begins_in_another(fits, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.keras", "one", "other"]
 
 
-def test_a_plain_rate_goes_on_also_if_the_optimizer_had_counted_before_the_run(fits, tmp_path, formula):
+def test_a_plain_rate_continues_also_if_the_optimizer_had_counted_before_the_run(fits, tmp_path, formula):
     watch, rates = fits.Watch(), [formula(step) for step in range(24)]
     model = shown(fits, 0.7)
     fits.fit(model, epochs=1)
@@ -329,7 +329,7 @@ def test_a_plain_rate_goes_on_also_if_the_optimizer_had_counted_before_the_run(f
     assert found == pytest.approx(rates[16:], abs=4e-7 * 0.02, rel=0)
 
 
-def test_a_loop_of_ones_own_has_its_schedule_told_of_accumulated_gradients(fits, tmp_path, formula):
+def test_a_loop_of_ones_own_gives_its_schedule_the_accumulation_of_gradients(fits, tmp_path, formula):
     model = shown(fits, SnapshotSchedule(SHORT), gradient_accumulation_steps=2)
     run = KerasRun(tmp_path / "run", SHORT, model, model.optimizer, framework="keras")
     for batch in range(24):
@@ -352,6 +352,7 @@ def test_a_number_is_no_program(tmp_path):
         SnapshotCallback(tmp_path / "run", 0.1)
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("anew", [False, True])
 def test_a_fit_that_died_leaves_the_directory_to_the_next(fits, tmp_path, unbroken, anew):
     model = fits.network(SHORT)
@@ -360,7 +361,7 @@ def test_a_fit_that_died_leaves_the_directory_to_the_next(fits, tmp_path, unbrok
         fits.fit(model, callback, At(12, die))
     if anew:
         callback = SnapshotCallback(tmp_path / "run", SHORT)
-    fits.fit(model, callback, initial_epoch=2)  # goes on with the model as it is
+    fits.fit(model, callback, initial_epoch=2)  # continues with the model as it is
     assert fits.same(fits.members(tmp_path / "run"), unbroken)
     left.close()
 
@@ -388,7 +389,7 @@ def test_points_are_kept_in_between_if_asked(fits, tmp_path):
     assert points == [5, 5, 10, 15, 16]
 
 
-def test_a_loaded_model_goes_on_where_it_was_saved(fits, tmp_path, unbroken):
+def test_a_loaded_model_resumes_where_it_was_saved(fits, tmp_path, unbroken):
     callback = SnapshotCallback(tmp_path / "run", SHORT)
     with pytest.raises(InterruptedError):
         fits.fit(
@@ -428,7 +429,7 @@ def test_a_last_member_that_was_not_written_is_taken_from_the_backup(fits, tmp_p
     assert SnapshotStore(tmp_path / "run").stopped == "finished"
 
 
-def test_a_backup_does_not_go_on_with_another_program(fits, tmp_path):
+def test_a_backup_does_not_resume_with_another_program(fits, tmp_path):
     with pytest.raises(InterruptedError):
         fits.fit(fits.network(SHORT), SnapshotCallback(tmp_path / "run", SHORT), fits.backup(tmp_path), At(17, die))
     other = CosineCycles(0.02, 24, 4)
@@ -444,7 +445,7 @@ def fresh(member):
 
 
 @pytest.mark.parametrize(("method", "begins_with"), [("singlecycle", 2.0), ("star", None)])
-def test_programs_that_restart_go_on_from_other_weights(fits, tmp_path, method, begins_with):
+def test_programs_that_restart_continue_from_other_weights(fits, tmp_path, method, begins_with):
     plan = program(method, lr=0.02, steps=24, cycles=3)
     model, watch = fresh(1), fits.Watch()
     model.compile(keras.optimizers.SGD(SnapshotSchedule(plan.schedule), momentum=0.9), "mse")
@@ -472,8 +473,8 @@ def test_after_a_member_that_is_not_finite_the_next_fit_in_the_directory_begins_
     assert fits.same(fits.members(tmp_path / "run"), unbroken)
 
 
-def test_an_end_told_in_another_thread_without_its_begin_is_refused(tmp_path):
-    """A loop of one's own would go on and take nothing."""
+def test_an_end_reported_in_another_thread_without_its_begin_is_refused(tmp_path):
+    """A loop of one's own would continue and take nothing."""
     callback = SnapshotCallback(tmp_path / "run", SHORT)
     with (
         ThreadPoolExecutor() as other,
@@ -482,7 +483,7 @@ def test_an_end_told_in_another_thread_without_its_begin_is_refused(tmp_path):
         other.submit(callback.on_train_batch_end, 0).result()
 
 
-def test_a_subclass_that_listens_to_the_ends_of_batches_is_told_in_keras_own_thread(tmp_path):
+def test_a_subclass_that_listens_to_the_ends_of_batches_is_called_in_keras_own_thread(tmp_path):
     class Listens(SnapshotCallback):
         def on_train_batch_end(self, batch, logs=None):
             super().on_train_batch_end(batch, logs)
@@ -608,6 +609,7 @@ def test_weights_of_a_type_that_no_file_holds_are_refused_by_name_before_the_fir
     assert not watch.weights
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("mode", ["float8", "int8"])
 def test_a_model_quantized_by_keras_is_kept_as_its_variables_are(fits, tmp_path, mode):
     model, watch = keras.Sequential([keras.Input((4,)), layers.Dense(8), layers.Dense(1)]), fits.Watch()

@@ -21,15 +21,15 @@ X = np.linspace(-2, 2, 18, dtype=np.float32).reshape(6, 3)
 def write(directory, *members, framework="keras", unfinished=()):
     with SnapshotStore(directory, "w") as store:
         for index, tensors in enumerate(members, 1):
-            place = {"index": index, "step": index, "cycle": index - 1, "lr": 0.1, "framework": framework}
-            store.save(tensors, **place, unfinished=index in unfinished)
+            entry = {"index": index, "step": index, "cycle": index - 1, "lr": 0.1, "framework": framework}
+            store.save(tensors, **entry, unfinished=index in unfinished)
     return directory
 
 
 def varied(model, number):
     """Give a model the weights of a member, and return them as a member's file holds them."""
-    for place, weight in enumerate(model.weights):
-        waves = np.sin(3.0 * number + place + np.arange(np.prod(weight.shape))).reshape(weight.shape)
+    for position, weight in enumerate(model.weights):
+        waves = np.sin(3.0 * number + position + np.arange(np.prod(weight.shape))).reshape(weight.shape)
         weight.assign(1.5 + waves if "variance" in weight.path else waves)
     return Copy(named_weights(model)).resolve()
 
@@ -239,15 +239,15 @@ def test_a_file_that_was_changed_is_refused(run):
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "message"),
     [
         (lambda: sequential(last=layers.Dense(7)), r"'002/dense/kernel' is \(5, 4\), the model's is \(5, 7\)"),
         (with_statistics, r"7 differences\): '004.*kernel' .* is missing|'004/.*' .* is missing"),
         (lambda: keras.Sequential([keras.Input((3,)), layers.Dense(5)]), "'002/dense/kernel' .* is not in the model"),
     ],
 )
-def test_another_model_is_refused_naming_the_first_difference(run, other, told):
-    with pytest.raises(DataError, match=told):
+def test_another_model_is_refused_naming_the_first_difference(run, other, message):
+    with pytest.raises(DataError, match=message):
         SnapshotEnsemble.load(run[0], other())
 
 
@@ -422,7 +422,7 @@ def test_what_the_backend_cannot_do_is_refused_by_name(run):
         SnapshotEnsemble.load(directory, model, like=model)
 
 
-def test_tuning_tells_what_it_found_and_keeps_the_fastest(run):
+def test_tuning_reports_what_it_found_and_keeps_the_fastest(run):
     directory, model, wanted = run
     ensemble = SnapshotEnsemble.load(directory, model)
     report = ensemble.tune(X, rounds=1)
@@ -431,6 +431,7 @@ def test_tuning_tells_what_it_found_and_keeps_the_fastest(run):
     np.testing.assert_allclose(ensemble(X), wanted.mean(0), atol=1e-6)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_members_are_the_same_on_every_backend_and_by_every_strategy(tmp_path, backend):
     model = with_statistics()

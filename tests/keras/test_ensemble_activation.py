@@ -1,4 +1,4 @@
-"""Outputs become probabilities once: what the loss, the last layer and a first look at the outputs tell of them."""
+"""Outputs become probabilities once: what the loss, the last layer and a first look at the outputs say of them."""
 
 import keras
 import numpy as np
@@ -22,8 +22,8 @@ def varied(model, number):
     """Give a model the weights of a member, and return them."""
     model.set_weights(
         [
-            np.sin(3.0 * number + place + np.arange(weight.size)).reshape(weight.shape)
-            for place, weight in enumerate(model.get_weights())
+            np.sin(3.0 * number + position + np.arange(weight.size)).reshape(weight.shape)
+            for position, weight in enumerate(model.get_weights())
         ]
     )
     return model.get_weights()
@@ -81,15 +81,15 @@ BY_HAND["values"] = BY_HAND["identity"]
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_compiled_loss_tells_what_the_outputs_are(name):
-    loss, told = LOSSES[name]
+def test_the_compiled_loss_says_what_the_outputs_are(name):
+    loss, expected = LOSSES[name]
     inputs = keras.Input((3,))
-    squash = {"identity": 0.1}.get(told, 1.0)
-    middle = {"identity": 0.5}.get(told, 0.0)
+    squash = {"identity": 0.1}.get(expected, 1.0)
+    middle = {"identity": 0.5}.get(expected, 0.0)
     outputs = layers.Rescaling(squash, middle, name="out")(layers.Dense(4, activation="tanh")(inputs))
     model = keras.Model(inputs, outputs)
     model.compile("sgd", loss)
-    members, wanted = members_of(model, BY_HAND[told])
+    members, wanted = members_of(model, BY_HAND[expected])
     np.testing.assert_allclose(SnapshotEnsemble(members, model)(X), wanted, atol=1e-6)
 
 
@@ -198,7 +198,7 @@ def test_a_model_compiled_for_logits_that_ends_in_probabilities_is_refused(endin
 
 @pytest.mark.parametrize("method", ["__call__", "members", "predict", "tune", "functional"])
 @pytest.mark.parametrize("activation", ["auto", "softmax"])
-def test_a_softmax_that_nothing_tells_of_is_noticed_on_the_first_batch(method, activation):
+def test_a_softmax_that_nothing_announces_is_noticed_on_the_first_batch(method, activation):
     model = called(Plain())
     ensemble = SnapshotEnsemble([model.get_weights()], model, activation=activation)
     for _ in range(2):
@@ -275,7 +275,7 @@ def of_several():
 def test_without_a_batch_probabilities_are_noticed_by_what_zeros_give(make):
     model = make()
     ensemble = SnapshotEnsemble([model.get_weights()], model)
-    inputs = keras.tree.map_structure(lambda told: keras.Input(told.shape[1:], dtype=told.dtype), model.input)
+    inputs = keras.tree.map_structure(lambda given: keras.Input(given.shape[1:], dtype=given.dtype), model.input)
     for ask in (ensemble.functional, lambda: ensemble(inputs)):
         with pytest.raises(DataError, match="already are probabilities"):
             ask()
@@ -332,7 +332,7 @@ def test_a_model_that_cannot_run_zeros_fails_by_its_own_error_and_with_the_cure(
     np.testing.assert_allclose(ensemble.functional()(x), found, atol=1e-6)
 
 
-def test_zeros_that_are_all_masked_tell_nothing():
+def test_zeros_that_are_all_masked_decide_nothing():
     inputs = keras.Input((5,), dtype="int32")
     words = layers.GlobalAveragePooling1D()(layers.Embedding(7, 3, mask_zero=True)(inputs))
     model = keras.Model(inputs, layers.Rescaling(1.0)(ops.softmax(layers.Dense(4)(words))))

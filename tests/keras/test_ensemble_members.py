@@ -40,9 +40,9 @@ def softmax64(logits, axis=-1):
 
 def vary(model, number):
     """Give a model other weights, but for what it has been adapted to."""
-    for place, weight in enumerate(model.weights):
+    for position, weight in enumerate(model.weights):
         if "normalization" not in weight.path and "count" not in weight.path:
-            waves = np.sin(3.0 * number + place + np.arange(np.prod(weight.shape))).reshape(weight.shape)
+            waves = np.sin(3.0 * number + position + np.arange(np.prod(weight.shape))).reshape(weight.shape)
             weight.assign(waves)
     return model
 
@@ -167,6 +167,7 @@ def of_words(layer):
     return keras.Model(inputs, layers.Dense(3)(found)), WORDS[:, 0] if inputs.shape == (None,) else WORDS
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.filterwarnings("ignore:.*np.object:FutureWarning")
 @pytest.mark.parametrize("make", [adapted_strings, adapted_text])
 def test_a_vocabulary_is_the_given_models_and_is_saved_and_exported_with_the_ensemble(tmp_path, make):
@@ -432,8 +433,8 @@ def test_batches_may_come_from_a_data_set_or_a_loader(run):
         found = ensemble.predict(loader)
         assert (type(found), found.dtype) == (np.ndarray, np.float32)
         np.testing.assert_allclose(found, wanted.mean(0), atol=1e-6)
-    for nothing, told in (([], "at least one batch, got none"), ([x[:0]], "at least one example"), (3, "got int")):
-        with pytest.raises(DataError, match=told):
+    for nothing, message in (([], "at least one batch, got none"), ([x[:0]], "at least one example"), (3, "got int")):
+        with pytest.raises(DataError, match=message):
             ensemble.predict(nothing)
 
 
@@ -494,6 +495,7 @@ def with_statistics():
 LOOP = Path(__file__).with_name("ensemble_of_a_loop.py")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_members_that_a_loop_in_another_framework_wrote_are_loaded(tmp_path, backend):
     done = process([LOOP, tmp_path], backend)
@@ -507,8 +509,8 @@ def test_members_that_a_loop_in_another_framework_wrote_are_loaded(tmp_path, bac
 
 def arrays_of(model):
     return {
-        weight.path: np.random.default_rng(place).normal(size=weight.shape)
-        for place, weight in enumerate(model.weights)
+        weight.path: np.random.default_rng(position).normal(size=weight.shape)
+        for position, weight in enumerate(model.weights)
     }
 
 
@@ -565,6 +567,7 @@ def test_positions_of_jax_are_matched_by_shapes_or_refused():
     assert all(np.array_equal(one, other) for one, other in zip(found, arrays, strict=True))
 
 
+@pytest.mark.exhaustive
 def test_an_ensemble_is_unpickled_in_another_process(run, tmp_path):
     directory, model, wanted = run
     (tmp_path / "e.pickle").write_bytes(pickle.dumps(SnapshotEnsemble.load(directory, model)))

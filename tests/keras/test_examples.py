@@ -42,6 +42,7 @@ def runs(tmp_path_factory):
     return done
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_it_gives_five_members_and_an_ensemble(runs, backend):
     folder, rows = runs[backend]

@@ -29,6 +29,7 @@ def printed(code, backend, *words):
     return done.stdout
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("backend", FRAMEWORKS)
 def test_it_loads_no_framework_that_keras_itself_does_not_load(backend):
     """Keras on PyTorch loads JAX too, where that is installed."""
@@ -47,12 +48,12 @@ print(json.dumps([own, found()]))
 
 
 @pytest.mark.parametrize(
-    ("missing", "told"),
+    ("missing", "message"),
     [
         ("keras", "snapcore_keras needs Keras: pip install 'snapcore[keras]'"),
         ("jax", "Keras is to run on jax, which is not installed: pip install 'snapcore[jax]', or name one that is in"),
     ],
 )
-def test_what_is_missing_is_named_with_what_to_install(missing, told):
+def test_what_is_missing_is_named_with_what_to_install(missing, message):
     code = HIDE + "\ntry:\n    import snapcore_keras\nexcept ModuleNotFoundError as error:\n    print(error)\n"
-    assert printed(code, "jax", missing).startswith(told)
+    assert printed(code, "jax", missing).startswith(message)

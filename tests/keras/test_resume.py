@@ -79,6 +79,7 @@ def fit(fits, model, *callbacks, epochs=4, optimizer=None, directory=None, **opt
     return model.fit(x, fits.Y, batch_size=4, epochs=epochs, shuffle=False, verbose=0, callbacks=[*callbacks, callback])
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("epochs", [1, 2, 3])
 @pytest.mark.parametrize(
     "make",
@@ -95,6 +96,7 @@ def test_averages_that_keras_puts_in_at_the_end_are_not_resumed_from(fits, tmp_p
     assert fits.same(fits.members(tmp_path / "run"), fits.members(tmp_path / "whole"))
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("before", [True, False])
 def test_the_best_weights_of_early_stopping_are_not_resumed_from(fits, tmp_path, unbroken, before):
     # The loss falls, so the first epoch is "best" where more is better, and the next one ends training.
@@ -109,6 +111,7 @@ def test_the_best_weights_of_early_stopping_are_not_resumed_from(fits, tmp_path,
     assert fits.same(fits.members(tmp_path / "run"), unbroken)
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize(
     "make",
     [
@@ -125,6 +128,7 @@ def test_what_recurrent_layers_keep_from_batch_to_batch_is_resumed(fits, tmp_pat
     assert fits.same(fits.members(tmp_path / "run"), fits.members(tmp_path / "whole"))
 
 
+@pytest.mark.exhaustive
 def test_a_second_optimizer_of_a_model_is_resumed_with_its_moments(fits, tmp_path):
     for name, parts in (("whole", (4,)), ("run", (1, 1, 2))):
         for epochs in parts:
@@ -175,6 +179,7 @@ def unbroken(fits, tmp_path):
     return fits.members(tmp_path / "whole")
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize(("position", "batch"), [(0, 12), (1, 11)])
 def test_the_first_ctrl_c_leaves_a_resume_point_after_the_next_update(fits, tmp_path, unbroken, position, batch):
     callbacks = [SnapshotCallback(tmp_path / "run", SHORT)]
@@ -212,6 +217,7 @@ def test_another_kind_of_optimizer_is_refused_before_anything_is_touched(fits, t
     assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize(
     ("options", "said"),
     [

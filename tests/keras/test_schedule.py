@@ -109,7 +109,7 @@ def test_an_optimizer_of_the_same_cycles_is_recognized_also_within_one_that_scal
 
 
 @pytest.mark.parametrize(
-    ("rate", "options", "told"),
+    ("rate", "options", "message"),
     [
         (keras.optimizers.schedules.CosineDecay(0.1, 60), {}, "a schedule of its own, CosineDecay: build it with"),
         (SnapshotSchedule(CosineCycles(0.1, 80, 4)), {}, "steps=80, cycles=4.*steps=60, cycles=3"),
@@ -120,10 +120,10 @@ def test_an_optimizer_of_the_same_cycles_is_recognized_also_within_one_that_scal
         ),
     ],
 )
-def test_a_schedule_that_does_not_agree_is_refused_with_the_cure(rate, options, told):
+def test_a_schedule_that_does_not_agree_is_refused_with_the_cure(rate, options, message):
     optimizer = keras.optimizers.SGD(rate, **options)
     assert not set_accumulation(optimizer)
-    with pytest.raises(ScheduleError, match=told):
+    with pytest.raises(ScheduleError, match=message):
         check_rate(optimizer, CYCLES)
 
 
@@ -152,7 +152,7 @@ def test_a_schedule_learns_nothing_once_updates_were_counted():
         check_rate(optimizer, CYCLES)
 
 
-def test_a_schedule_given_in_the_place_of_a_plain_rate_is_known_as_that_after_saving():
+def test_a_schedule_given_instead_of_a_plain_rate_is_known_as_that_after_saving():
     optimizer = keras.optimizers.SGD(0.1)
     give_schedule(optimizer, CYCLES, 7)
     given = given_schedule(again(optimizer))

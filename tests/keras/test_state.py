@@ -1,4 +1,4 @@
-"""Weights by place and shape, and all that training needs to go on."""
+"""Weights by position and shape, and all that training needs to resume."""
 
 import keras
 import ml_dtypes
@@ -21,7 +21,7 @@ def weights_of(model):
     return Copy(named_weights(model)).resolve()
 
 
-def test_names_are_place_and_path_and_do_not_depend_on_keras_counters():
+def test_names_are_position_and_path_and_do_not_depend_on_keras_counters():
     names = [list(named_weights(small())) for _ in range(2)]
     assert names[0] == names[1]
     assert names[0] == [
@@ -44,7 +44,7 @@ def test_a_copy_is_not_changed_by_what_comes_after():
         np.testing.assert_array_equal(found, wanted)
 
 
-def test_place_and_shape_decide_whatever_the_path_says():
+def test_position_and_shape_decide_whatever_the_path_says():
     one, other = small(), small()
     renamed = {f"{name[:3]}/another/path": array for name, array in weights_of(one).items()}
     load_weights(other, renamed, "the member")
@@ -61,10 +61,10 @@ def test_weights_of_another_model_are_refused_and_nothing_is_changed():
         "is (5,), the model's is (3,)": {**tensors, "001/dense/bias": np.zeros(5)},
         "'dense.weight' (3,) is not in the model": {**tensors, "dense.weight": np.zeros(3)},
     }
-    for told, given in wrong.items():
+    for message, given in wrong.items():
         with pytest.raises(DataError) as caught:
             load_weights(model, given, "the member")
-        assert told in str(caught.value)
+        assert message in str(caught.value)
     for found, wanted in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(found, wanted)
 
@@ -99,8 +99,9 @@ def compiled(optimizer):
     return model
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("optimizer", [keras.optimizers.Adam, keras.optimizers.Nadam, keras.optimizers.RMSprop])
-def test_a_dump_has_all_that_goes_on_random_layers_too(optimizer):
+def test_a_dump_has_all_that_continues_random_layers_too(optimizer):
     one, other = compiled(optimizer), compiled(optimizer)
     trained(one, 5)
     dumped = dump_training(one, one.optimizer).resolve()
@@ -112,6 +113,7 @@ def test_a_dump_has_all_that_goes_on_random_layers_too(optimizer):
         np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("optimizer", [keras.optimizers.Adam, keras.optimizers.Nadam, keras.optimizers.Adagrad])
 def test_moments_are_reset_to_a_new_optimizers_and_the_count_is_kept(optimizer):
     """Not to zero: Nadam begins with a one, Adagrad with its `initial_accumulator_value`."""

@@ -417,6 +417,7 @@ print(json.dumps(printed))
         assert "\n" not in text
 
 
+@pytest.mark.exhaustive
 def test_a_terminal_that_cannot_show_a_name_ends_no_command(python, here):
     """The name of the directory is printed at the end; none of its letters is ASCII."""
     words = ("train", "--model", "mlp", "--epochs", "1", "--cycles", "1", "--output", "прогон")
@@ -428,6 +429,7 @@ def test_a_terminal_that_cannot_show_a_name_ends_no_command(python, here):
     assert "holds no run" in refused.refusal
 
 
+@pytest.mark.exhaustive
 def test_a_name_that_is_no_text_ends_no_command(python, here):
     name = "run-\udcff"
     done = python("-m", "snapcore", "train", "--model", "mlp", "--epochs", "1", "--cycles", "1", "--output", name)
@@ -435,6 +437,7 @@ def test_a_name_that_is_no_text_ends_no_command(python, here):
     assert python("-m", "snapcore", "evaluate", name).code == 0
 
 
+@pytest.mark.exhaustive
 def test_tensorflow_begins_without_notes_of_its_own(python):
     done = python("-m", "snapcore", "backends")
     assert (done.code, done.err) == (0, "")

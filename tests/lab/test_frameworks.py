@@ -80,6 +80,7 @@ def test_a_mixed_ensemble_is_the_mean_of_what_each_framework_predicts(runs, cli,
     assert results(here / "scores")["ensemble"][-1]["nll"] == pytest.approx(nll(mean, data.y_test), rel=1e-5)
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize(("first", "second"), [("torch", "torch"), ("jax", "jax"), ("torch", "jax")])
 def test_a_framework_is_imported_only_if_a_run_is_of_it(runs, python, first, second):
     code = (

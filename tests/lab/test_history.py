@@ -117,6 +117,16 @@ def test_the_table_is_whole_when_it_is_written_anew_after_a_write_was_cut_short(
     assert table(tmp_path) == expected(20)
 
 
+@pytest.mark.parametrize("tail", [b"3," + b"0" * 200, b"\0" * 10**6, b"\0" * 99 + b"\xff"])
+def test_a_table_whose_last_line_no_kill_has_cut_off_is_refused(tail, tmp_path):
+    history = History(tmp_path, RATE)
+    fill(history, 1, 2)
+    with (tmp_path / "history.csv").open("ab") as file:
+        file.write(tail)
+    with pytest.raises(StoreError, match=r"history\.csv is damaged"):
+        History(tmp_path, RATE)
+
+
 def test_nothing_is_written_before_it_is_asked_for(tmp_path):
     History(tmp_path, RATE).report(1, 0.5)
     assert list(tmp_path.iterdir()) == []

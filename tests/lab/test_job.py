@@ -90,7 +90,7 @@ def test_a_job_with_values_that_no_command_gives_is_refused(change, message, tmp
 
 def test_a_job_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "job.json").mkdir()
-    with pytest.raises(StoreError, match="cannot be read"):
+    with pytest.raises(StoreError, match="is not a regular file"):
         load_job(tmp_path)
 
 

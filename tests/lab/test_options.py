@@ -35,8 +35,8 @@ def test_train_follows_the_schedule_that_schedule_plans(cli, here):
 @pytest.mark.parametrize("words", [["--lr-min", "0.01"], ["--warmup-steps", "5"], ["--remainder", "even"]])
 def test_a_method_without_cosine_cycles_refuses_their_options_by_name(words, cli, here):
     for command in (["train", *SHORT], ["schedule"]):
-        told = cli(*command, "--method", "single", *words).refusal
-        assert f"single has no cosine cycles, got {words[0]}" in told
+        message = cli(*command, "--method", "single", *words).refusal
+        assert f"single has no cosine cycles, got {words[0]}" in message
     assert list(here.iterdir()) == []
 
 
@@ -53,6 +53,7 @@ GIVEN = [
 ]
 
 
+@pytest.mark.exhaustive(keep=2)
 @pytest.mark.parametrize("given", GIVEN, ids=str)
 def test_options_reach_the_backend_as_they_were_given(given, cli, here, tensors_of, finished):
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -85,8 +86,8 @@ def test_options_reach_the_backend_as_they_were_given(given, cli, here, tensors_
     ],
 )
 def test_what_a_backend_cannot_do_is_refused_by_name_before_training(backend, words, cli, here):
-    told = cli("train", "--backend", backend, *SHORT, *words, "--output", "run").refusal
-    assert f"the backend {backend} has no {words[0]}" in told
+    message = cli("train", "--backend", backend, *SHORT, *words, "--output", "run").refusal
+    assert f"the backend {backend} has no {words[0]}" in message
     assert list(here.iterdir()) == []
 
 
@@ -208,9 +209,9 @@ def test_data_that_were_moved_are_found_by_data_dir(own_data, cli, here, results
 def test_data_that_have_changed_are_refused_unless_they_are_asked_for(own_data, cli, here, caplog):
     x, y = own_data
     np.savez(here / "data" / "a.npz", x_train=x, y_train=y, x_test=x[20:40], y_test=y[20:40])
-    told = cli("evaluate", "run").refusal
-    assert "run was trained on other images than own has now" in told
-    assert "--data-dir" in told
+    message = cli("evaluate", "run").refusal
+    assert "run was trained on other images than own has now" in message
+    assert "--data-dir" in message
     with caplog.at_level(logging.WARNING, "snapcore"):
         assert cli("evaluate", "run", "--data-dir", "data").code == 0
     assert "was trained on other images than those in --data-dir" in caplog.messages[-1]

@@ -46,6 +46,7 @@ def assert_same_run(tensors_of, results):
     return check
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize(
     ("how", "update", "options", "kept"),
     [

@@ -56,6 +56,7 @@ def test_the_methods_that_are_tested_are_all():
     assert tuple(MEMBERS) == METHODS
 
 
+@pytest.mark.exhaustive(keep=3)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_its_members_and_scores_them(method, cli, here, results):
     done = cli("train", *SHORT, "--method", method, "--output", "run")

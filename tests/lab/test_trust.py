@@ -46,6 +46,7 @@ def test_neither_the_module_nor_the_command_imports_it(inside, python):
     assert not (inside / "executed").exists()
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize(
     ("start", "words"),
     [
@@ -68,9 +69,9 @@ def test_naming_another_model_is_no_permission(model, inside, cli):
 def test_naming_the_model_of_one_run_is_no_permission_for_that_of_another(hostile, here, cli, finished):
     other = shutil.copytree(hostile, here / "other")
     write_sealed(other / "job.json", {**read_sealed(other / "job.json"), "model": "elsewhere:net"})
-    told = cli("evaluate", hostile, other, "--model", "in_the_run:net").refusal
-    assert str(other) in told
-    assert "--model elsewhere:net" in told
+    message = cli("evaluate", hostile, other, "--model", "in_the_run:net").refusal
+    assert str(other) in message
+    assert "--model elsewhere:net" in message
     assert not (here / "executed").exists()
 
 
@@ -90,6 +91,7 @@ def test_built_in_models_need_no_permission(cli, finished, here):
     assert cli("evaluate", finished, "--model", "mlp", "--output", "scores").code == 0
 
 
+@pytest.mark.exhaustive
 def test_files_in_the_current_directory_do_not_stand_in_for_what_the_command_imports(inside, python, finished):
     for module in ("msgspec", "numpy", "typer", "torch", "sklearn", "snapcore_torch", "csv", "tempfile"):
         (inside / f"{module}.py").write_text(CODE)

@@ -32,7 +32,7 @@ class Framework:
         schedule: from a cosine schedule to the rates that the framework's own names.
         transposed: order of the oracle's axes in the framework's kernels, by their number of axes.
         options: for `init`.
-        place: where to compute; a GPU may round more coarsely than float32.
+        device: where to compute; a GPU may round more coarsely than float32.
     """
 
     backend: str
@@ -42,7 +42,7 @@ class Framework:
     schedule: Callable[[CosineCycles], Any]
     transposed: dict[int, tuple[int, ...]] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
-    place: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    device: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def own(self, model, weights, like):
         """Return the oracle's weights as the framework has them; what is beside them is taken from `like`."""
@@ -81,7 +81,7 @@ def done(framework, job):
     todo = program("snapshot", lr=job.lr, steps=job.steps, cycles=job.cycles)
     options = {"momentum": job.momentum, "weight_decay": job.weight_decay, **framework.options}
     backend, losses, (x, y) = Begun(framework, job), {}, job.test
-    with framework.place(), tempfile.TemporaryDirectory() as folder:
+    with framework.device(), tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         asked = {"model": job.model, "data": job.data, "directory": run, **options}
         state = execute(todo, backend, report=losses.__setitem__, **asked)
@@ -129,10 +129,10 @@ def _joined(tensors, names):
 
 def torch_names(model, _):
     if model == "mlp":
-        return [f"{place}.{part}" for place in (1, 3, 5) for part in ("weight", "bias")]
+        return [f"{position}.{part}" for position in (1, 3, 5) for part in ("weight", "bias")]
     norm = ("weight", "bias", "running_mean", "running_var")
     blocks = [f"{k}.{part}" for k in range(3) for part in ("0.weight", *(f"1.{each}" for each in norm))]
-    return blocks + [f"{place}.{part}" for place in (4, 6) for part in ("weight", "bias")]
+    return blocks + [f"{position}.{part}" for position in (4, 6) for part in ("weight", "bias")]
 
 
 def torch_rates(cycles):
@@ -164,14 +164,14 @@ def jax_rates(cycles):
     return jax.jit(snapshot_schedule(cycles))(jax.numpy.arange(cycles.steps))
 
 
-def jax_place():
+def jax_device():
     import jax
 
     return jax.default_device(jax.devices("cpu")[0])
 
 
 def keras_names(_, own):
-    """Their numbers are places in the model, which has its weights in the oracle's order."""
+    """Their numbers are positions in the model, which has its weights in the oracle's order."""
     return sorted(own)
 
 
@@ -182,21 +182,23 @@ def keras_rates(cycles):
     return [float(rate(step)) for step in range(cycles.steps)]
 
 
-def keras_place():
+def keras_device():
     import keras
 
     return keras.device("cpu:0")
 
 
 def of_keras(backend, velocity):
-    return Framework(backend, velocity, 0, keras_names, keras_rates, options={"velocity": velocity}, place=keras_place)
+    return Framework(
+        backend, velocity, 0, keras_names, keras_rates, options={"velocity": velocity}, device=keras_device
+    )
 
 
 FRAMEWORKS = {
     "torch": Framework(
         "torch", "gradients", 1, torch_names, torch_rates, {2: (1, 0), 4: (3, 2, 0, 1)}, {"device": "cpu"}
     ),
-    "jax": Framework("jax", "gradients", 0, jax_names, jax_rates, place=jax_place),
+    "jax": Framework("jax", "gradients", 0, jax_names, jax_rates, device=jax_device),
     "keras": of_keras("keras", "updates"),
     "keras, gradients": of_keras("keras", "gradients"),
     "tensorflow": of_keras("tensorflow", "gradients"),

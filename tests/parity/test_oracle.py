@@ -84,6 +84,7 @@ def test_a_running_variance_of_the_other_kind_would_be_found():
         assert apart[quantity] > 3 * BOUNDS[quantity], quantity
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("name", ["conv1/kernel", "norm2/shift", "norm3/scale", "dense1/bias"])
 def test_a_gradient_a_tenth_too_small_would_be_found_in_the_cnn(name, monkeypatch):
     right = oracle.loss_and_gradients
@@ -98,6 +99,7 @@ def test_a_gradient_a_tenth_too_small_would_be_found_in_the_cnn(name, monkeypatc
     assert deviations(found, expected(JOBS["cnn"], "gradients", 0))["loss"] > 10 * BOUNDS["loss"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("rule", oracle.RULES)
 @pytest.mark.parametrize("model", JOBS)
 def test_the_jobs_are_ones_whose_course_rounding_does_not_decide(model, rule):

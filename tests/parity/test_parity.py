@@ -78,8 +78,8 @@ def test_a_frameworks_momentum_is_not_that_of_the_other_rule(way, course):
 @pytest.mark.parametrize("model", JOBS)
 def test_the_page_keeps_this_table_but_for_its_numbers(model):
     kept, now = PAGE.read_text(encoding="utf-8").splitlines(), table(JOBS[model])
-    place = kept.index(now[0])
-    was = kept[place : place + len(now)]
+    position = kept.index(now[0])
+    was = kept[position : position + len(now)]
     assert _cells(was[1]) == _cells(now[1])
     assert [_cells(line)[:2] for line in was] == [_cells(line)[:2] for line in now]
 

@@ -20,8 +20,8 @@ class Shuffled:
     """Six batches an epoch, in an order that NumPy's global generator draws."""
 
     def __iter__(self):
-        for place in np.random.permutation(6):
-            yield tf.constant(np.roll(X, place) + np.float32(place / 10) * X * X)
+        for index in np.random.permutation(6):
+            yield tf.constant(np.roll(X, index) + np.float32(index / 10) * X * X)
 
 
 def make_model(seed=5):

@@ -63,6 +63,7 @@ def noisy(input_shape, n_classes):
     return keras.Sequential([keras.Input(input_shape), layers.Flatten(), *middle, layers.Dense(n_classes)])
 
 
+@pytest.mark.exhaustive(keep=3)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_leaves_its_members_and_an_ensemble(method, digits, held_out, tmp_path):
     reports = []
@@ -87,10 +88,11 @@ def test_the_convolutional_network_learns_the_digits(digits, held_out, tmp_path)
     assert score(probabilities(start(digits, "cnn"), tensors, held_out[0]), held_out[1])["error"] < 15
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize(
     ("method", "at"), [("snapshot", 1), ("snapshot", 16), ("snapshot", 23), ("independent", 70), ("star", 33)]
 )
-def test_a_run_that_was_broken_off_goes_on_to_the_members_of_one_that_was_not(method, at, digits, tmp_path):
+def test_a_run_that_was_broken_off_resumes_to_the_members_of_one_that_was_not(method, at, digits, tmp_path):
     def breaking(step, loss):
         if step == at:
             raise KeyboardInterrupt
@@ -201,7 +203,7 @@ def test_it_says_what_it_would_run_on():
 
 
 class Machine:
-    """What TensorFlow says of a machine with two GPUs, and what it is told to do with their memory."""
+    """What TensorFlow says of a machine with two GPUs, and what it is asked to do with their memory."""
 
     def __init__(self, monkeypatch, *, limited=(), in_use=False):
         self.grows, self._limited, self._in_use = [], limited, in_use
@@ -220,7 +222,7 @@ class Machine:
         self.grows.append((gpu.name[-1], enable))
 
 
-def test_tensorflow_is_told_to_take_no_more_of_a_gpus_memory_than_it_needs(monkeypatch):
+def test_tensorflow_is_asked_to_take_no_more_of_a_gpus_memory_than_it_needs(monkeypatch):
     """Beside another framework, a process that takes all of the memory leaves none."""
     machine = Machine(monkeypatch)
     assert TensorFlowBackend().about().endswith("on Fast One")
@@ -268,11 +270,13 @@ def refusal(configured, missing=""):
     return done.stdout + done.stderr
 
 
+@pytest.mark.exhaustive
 def test_keras_on_another_backend_is_refused_with_what_to_do():
     cure = "it runs on jax: set the environment variable KERAS_BACKEND=tensorflow before Keras is imported"
     assert cure in refusal("jax")
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("configured", ["tensorflow", "jax"])
 def test_tensorflow_that_is_not_installed_is_named_with_what_to_install(configured):
     assert "needs TensorFlow: pip install 'snapcore[tensorflow]'" in refusal(configured, missing="tensorflow")

@@ -1,4 +1,4 @@
-"""Several workers train one model: one run directory, the members of a single process, and all go on together."""
+"""Several workers train one model: one run directory, the members of a single process, and all resume together."""
 
 import json
 import signal
@@ -81,21 +81,21 @@ def test_two_workers_write_one_run_with_the_members_of_a_single_process(tmp_path
     codes, said = start(tmp_path / "run", 2, chief=chief)
     assert codes == [0, 0]
     assert said[0] == said[1]
-    told = json.loads(said[0][0])
-    assert told["updates"] == 120
-    assert told["heard"] == [{"längere": "Wörter"}, {"längere": "WörterWörter"}]
+    reported = json.loads(said[0][0])
+    assert reported["updates"] == 120
+    assert reported["heard"] == [{"längere": "Wörter"}, {"längere": "WörterWörter"}]
     assert_close(members(tmp_path / "run"), alone)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "run"]
 
 
-def test_when_one_is_asked_to_stop_all_leave_at_the_same_update_and_go_on_together(tmp_path, alone):
+def test_when_one_is_asked_to_stop_all_leave_at_the_same_update_and_resume_together(tmp_path, alone):
     assert start(tmp_path / "run", 2, [(1, 43, "SIGTERM")])[0] == [143, 143]
     assert [member.step for member in SnapshotStore(tmp_path / "run").members] == [40]
     assert start(tmp_path / "run", 2)[0] == [0, 0]
     assert_close(members(tmp_path / "run"), alone)
 
 
-def test_when_one_is_killed_they_go_on_from_the_resume_point_before_and_so_does_one_alone(tmp_path, alone):
+def test_when_one_is_killed_they_resume_from_the_resume_point_before_and_so_does_one_alone(tmp_path, alone):
     assert start(tmp_path / "run", 2, [(0, 57, "SIGKILL")], waits=[0])[0] == [-signal.SIGKILL]
     assert [member.step for member in SnapshotStore(tmp_path / "run").members] == [40]
     assert start(tmp_path / "run", 1)[0] == [0]

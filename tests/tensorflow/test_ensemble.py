@@ -32,8 +32,8 @@ def members_of(model, count=3):
     """Members, and the probabilities that the model itself gives with the weights of each."""
     tensors, probabilities = [], []
     for number in range(count):
-        for place, weight in enumerate(model.weights):
-            waves = np.sin(3.0 * number + place + np.arange(np.prod(weight.shape))).reshape(weight.shape)
+        for position, weight in enumerate(model.weights):
+            waves = np.sin(3.0 * number + position + np.arange(np.prod(weight.shape))).reshape(weight.shape)
             weight.assign(1.5 + waves if "variance" in weight.path else waves)
         tensors.append(Copy(named_weights(model)).resolve())
         probabilities.append(softmax64(np.asarray(model(X, training=False), np.float64)))
@@ -184,7 +184,7 @@ def test_stacking_is_refused_by_name():
         SnapshotEnsemble([model.get_weights()], model, strategy="stacked")
 
 
-def test_softmax_is_the_default_whatever_the_loss_tells_and_probabilities_are_refused_at_the_first_use(tmp_path):
+def test_softmax_is_the_default_whatever_the_loss_says_and_probabilities_are_refused_at_the_first_use(tmp_path):
     inputs = keras.Input((3,))
     model = keras.Model(inputs, layers.Dense(4, activation="softmax")(inputs))
     model.compile("sgd", "sparse_categorical_crossentropy")

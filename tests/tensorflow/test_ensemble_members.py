@@ -25,8 +25,8 @@ def softmax64(logits, axis=-1):
 
 
 def vary(model, number):
-    for place, weight in enumerate(model.weights):
-        weight.assign(np.sin(3.0 * number + place + np.arange(np.prod(weight.shape))).reshape(weight.shape))
+    for position, weight in enumerate(model.weights):
+        weight.assign(np.sin(3.0 * number + position + np.arange(np.prod(weight.shape))).reshape(weight.shape))
     return model
 
 

@@ -54,6 +54,7 @@ def test_a_rate_that_something_else_sets_is_warned_of_once_and_recorded(tmp_path
     assert [member.lr for member in members(tmp_path / "run")] == [0.25] * 3
 
 
+@pytest.mark.exhaustive
 def test_a_rate_that_is_set_at_a_trough_alone_is_warned_of_and_recorded_there(tmp_path):
     model, optimizer = linear(), keras.optimizers.SGD(0.7)
     update = make_update(model, optimizer)

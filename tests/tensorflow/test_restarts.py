@@ -48,8 +48,8 @@ def test_fresh_weights_are_a_model_or_arrays_by_name_and_stay_as_they_were_given
     fresh = {number: make() for number in (2, 3)}
     before = [values(model) for model in fresh.values()]
 
-    def named(number):  # the place of each weight decides
-        return {f"{place:03d}/any": array for place, array in enumerate(fresh[number].get_weights())}
+    def named(number):  # the position of each weight decides
+        return {f"{position:03d}/any": array for position, array in enumerate(fresh[number].get_weights())}
 
     begun = starts(tmp_path / "run", fresh.get if as_model else named)
     assert begun == [values(model) for model in fresh.values()] == before

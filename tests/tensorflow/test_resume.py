@@ -70,6 +70,7 @@ def train_whole(directory, name="adam", *arguments, **options):
     return train(directory, loop, *arguments, **options)
 
 
+@pytest.mark.exhaustive(keep=2)
 @pytest.mark.parametrize(
     ("name", "numbers", "every", "calls"),
     [
@@ -82,7 +83,7 @@ def train_whole(directory, name="adam", *arguments, **options):
     ],
 )
 def test_killed_after_any_call_and_started_again_the_members_are_the_same_bits(tmp_path, name, numbers, every, calls):
-    """Nobody else can go on with a run exactly: the users who ask are told to start again."""
+    """Nobody else can resume a run exactly: the users who ask are referred to a new start."""
     assert train_whole(tmp_path / "whole", name) == calls
     for number in numbers:
         directory = tmp_path / str(number)
@@ -93,29 +94,29 @@ def test_killed_after_any_call_and_started_again_the_members_are_the_same_bits(t
         assert contents(directory) == contents(tmp_path / "whole"), number
 
 
-@pytest.mark.parametrize("place", ["before the update", "before the call", "after the call"])
+@pytest.mark.parametrize("moment", ["before the update", "before the call", "after the call"])
 @pytest.mark.parametrize("number", [7, 8])
-def test_a_run_left_early_goes_on_from_that_very_update_and_batch(tmp_path, place, number):
+def test_a_run_left_early_resumes_from_that_very_update_and_batch(tmp_path, moment, number):
     train_whole(tmp_path / "whole")
     loop = training()
     loop.begin()
     np.random.seed(0)
     with SnapshotRun(tmp_path / "run", CYCLES, loop.model, loop.optimizer) as run:
         for x in run.batches(killed_loop.Shuffled()):
-            if place == "before the update" and run.updates == number:
+            if moment == "before the update" and run.updates == number:
                 break
             loop.update(x)
-            if place == "before the call" and run.updates == number:
+            if moment == "before the call" and run.updates == number:
                 break
             run.step()
-            if place == "after the call" and run.updates == number:
+            if moment == "after the call" and run.updates == number:
                 break
     np.random.seed(99)
     assert train(tmp_path / "run", loop) == 12 - number
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
-def test_a_run_left_between_micro_batches_goes_on_with_the_next(tmp_path):
+def test_a_run_left_between_micro_batches_resumes_with_the_next(tmp_path):
     train_whole(tmp_path / "whole", "accumulating")
     loop = training("accumulating")
     loop.begin()
@@ -131,7 +132,7 @@ def test_a_run_left_between_micro_batches_goes_on_with_the_next(tmp_path):
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
-DATA = np.stack([np.roll(killed_loop.X, place) for place in range(5)])
+DATA = np.stack([np.roll(killed_loop.X, index) for index in range(5)])
 PIPELINES = {
     "in its order": lambda: tf.data.Dataset.from_tensor_slices(DATA),
     "shuffled with a seed": lambda: tf.data.Dataset.from_tensor_slices(DATA).shuffle(5, seed=3).prefetch(1),
@@ -140,7 +141,7 @@ PIPELINES = {
 
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize("number", [3, 5, 11])
-def test_a_dataset_of_tensorflow_goes_on_in_its_epoch(tmp_path, name, number):
+def test_a_dataset_of_tensorflow_resumes_in_its_epoch(tmp_path, name, number):
     pipeline = PIPELINES[name]
     training()  # once made, it changes TensorFlow's own seed no more, which a seed of the data is added to
     train_whole(tmp_path / "whole", "adam", CYCLES, pipeline())
@@ -169,6 +170,7 @@ def distributed():
     return strategy.experimental_distribute_dataset(tf.data.Dataset.from_tensor_slices(DATA).shuffle(5, seed=3))
 
 
+@pytest.mark.exhaustive(keep=3)
 @pytest.mark.parametrize("number", [3, 7, 10])
 @pytest.mark.parametrize("make", [distributed, lambda: Held(shuffled()), lambda: shuffled().repeat(2).take(7)])
 def test_the_seeds_of_distributed_and_of_held_data_sets_are_drawn_again(tmp_path, make, number):
@@ -236,7 +238,8 @@ def walk_epochs(directory, killed=None):
     loop.begin()
     with SnapshotRun(directory, CYCLES, loop.model, loop.optimizer, resume_every=1) as run:
         for epoch, batches in run.epochs(range(5)):
-            for index in batches:
+            for number, index in enumerate(batches, batches.start):
+                assert number == index
                 loop.update(tf.constant(DATA[index]))
                 run.step()
                 seen.append((epoch, index))
@@ -292,22 +295,22 @@ def test_batches_come_epoch_after_epoch_until_the_program_stops(tmp_path):
     seen, loop = [], training()
     loop.begin()
     with SnapshotRun(tmp_path / "run", CYCLES, loop.model, loop.optimizer) as run:
-        for place in run.batches(range(5)):
-            seen.append(place)
-            loop.update(tf.constant(DATA[place]))
+        for index in run.batches(range(5)):
+            seen.append(index)
+            loop.update(tf.constant(DATA[index]))
             run.step()
     assert seen == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
 
 
-def test_sigterm_writes_a_resume_point_and_no_member_and_the_run_goes_on_from_there(tmp_path):
+def test_sigterm_writes_a_resume_point_and_no_member_and_the_run_resumes_from_there(tmp_path):
     train_whole(tmp_path / "whole")
 
-    def told(call):
+    def terminate(call):
         if call == 9:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(SystemExit) as left:
-        train_whole(tmp_path / "run", after_call=told)
+        train_whole(tmp_path / "run", after_call=terminate)
     assert left.value.code == 143
     assert [member.step for member in SnapshotStore(tmp_path / "run").members] == [4, 8]
     np.random.seed(99)
@@ -367,8 +370,9 @@ def test_settings_that_differ_are_named_on_a_resume(tmp_path, caplog, make, said
     assert said in line
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
-def test_a_process_that_is_really_killed_goes_on_in_another(tmp_path, name):
+def test_a_process_that_is_really_killed_resumes_in_another(tmp_path, name):
     def start(directory, *arguments):
         log = tmp_path / f"{directory} {len(arguments)}"
         return Forked(SCRIPT, tmp_path / directory, *arguments, log=log, strict=True, OMP_NUM_THREADS="1")

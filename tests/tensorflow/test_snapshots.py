@@ -325,8 +325,8 @@ def test_another_schedule_than_the_runs_is_refused(tmp_path):
         "has a schedule of its own, CosineDecay": keras.optimizers.schedules.CosineDecay(0.1, 12),
         "build both with the same cycles": SnapshotSchedule(CosineCycles(lr=0.2, steps=12, cycles=3)),
     }
-    for told, other in others.items():
-        with pytest.raises(ScheduleError, match=told):
+    for message, other in others.items():
+        with pytest.raises(ScheduleError, match=message):
             SnapshotRun(tmp_path / "run", CYCLES, model, keras.optimizers.SGD(other))
     assert not (tmp_path / "run").exists()
 
@@ -360,6 +360,7 @@ def said(process):
     return process.output
 
 
+@pytest.mark.exhaustive
 def test_on_two_mirrored_devices_members_and_a_resumed_run_are_those_of_one_device(tmp_path):
     said(start_mirrored(tmp_path))
     for name in ("schedule", "plain"):
@@ -372,7 +373,7 @@ def test_on_two_mirrored_devices_members_and_a_resumed_run_are_those_of_one_devi
                 np.testing.assert_allclose(mirrored[key], single[key], rtol=1e-4, atol=1e-5)
 
 
-def test_two_workers_write_one_run_together_and_go_on_with_the_same_fresh_weights(tmp_path):
+def test_two_workers_write_one_run_together_and_continue_with_the_same_fresh_weights(tmp_path):
     """Users report that every worker writes, and that Keras' own `fit` fails on several workers (keras #20585)."""
     listening = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
     addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in listening]

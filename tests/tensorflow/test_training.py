@@ -34,7 +34,7 @@ def ran(state, *stops, report=silent):
 
 
 def everything(state):
-    """All that training goes on with, by place: Keras names moments by counters that the process shares."""
+    """All that training continues with, by position: Keras names moments by counters that the process shares."""
     return {"/".join(name.split("/")[:3]): array for name, array in resolved(BACKEND.dump(state)[0]).items()}
 
 
@@ -66,14 +66,14 @@ def by_hand(data, updates, *, velocity, decay=1e-4):
         likely = powers / powers.sum(1, keepdims=True)
         losses.append(-np.log(likely[np.arange(len(y)), y]).mean())
         off = (likely - np.eye(data.n_classes)[y]) / len(y)
-        for place, plain in enumerate((x.T @ off, off.sum(0))):
-            gradient = plain + decay * weights[place]
+        for position, plain in enumerate((x.T @ off, off.sum(0))):
+            gradient = plain + decay * weights[position]
             if velocity == "gradients":
-                moments[place] = 0.9 * moments[place] + gradient
-                weights[place] = weights[place] - rate * (gradient + 0.9 * moments[place])
+                moments[position] = 0.9 * moments[position] + gradient
+                weights[position] = weights[position] - rate * (gradient + 0.9 * moments[position])
             else:
-                moments[place] = 0.9 * moments[place] - rate * gradient
-                weights[place] = weights[place] + 0.9 * moments[place] - rate * gradient
+                moments[position] = 0.9 * moments[position] - rate * gradient
+                weights[position] = weights[position] + 0.9 * moments[position] - rate * gradient
     return weights, losses
 
 
@@ -89,6 +89,7 @@ def test_the_loop_is_the_one_written_by_hand(digits, velocity, xla):
     np.testing.assert_allclose([loss for _, loss in reports], losses, rtol=1e-4)
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("model", ["mlp", dropping])
 @given(cuts=st.sets(st.integers(1, CHUNK + 29), max_size=5))
 @settings(max_examples=6, deadline=None)
@@ -98,6 +99,7 @@ def test_wherever_a_segment_is_cut_the_weights_are_the_same_to_the_bit(digits, m
     assert same(everything(whole), everything(parts))
 
 
+@pytest.mark.exhaustive
 def test_with_xla_too_the_cut_does_not_show_and_the_result_is_as_without(digits):
     whole, parts = (ran(begun(digits, xla=True), *stops) for stops in ([230], [1, 77, 201, 230]))
     assert same(everything(whole), everything(parts))

@@ -138,7 +138,7 @@ def test_the_loss_scale_is_part_of_a_resume_point(tmp_path):
     assert scale_after(6, init_scale=1.0) == 32.0
 
 
-def test_updates_said_outright_take_the_place_of_those_counted(tmp_path):
+def test_updates_said_outright_replace_those_counted(tmp_path):
     """Three in a captured graph, of which the optimizer itself saw one."""
     model = nn.Linear(3, 2)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
@@ -181,6 +181,7 @@ def test_a_second_optimizer_beside_the_run_is_not_counted_and_resumes_through_st
     assert steps(tmp_path) == [4, 8, 12]
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["float rate", "tensor rate"])
 def test_an_optimizer_step_inside_a_compiled_function_counts_without_compiling_again(tmp_path, rate, every):

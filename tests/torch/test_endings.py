@@ -71,6 +71,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize(("ending", "members"), [("well", 2), ("diverges", 1)])
 def test_a_program_that_never_closes_its_run_ends_in_an_error_if_the_last_member_was_refused(tmp_path, ending, members):
     ended = subprocess.run(

@@ -20,8 +20,8 @@ def write(directory, *models, framework="torch", unfinished=False):
     with SnapshotStore(directory, "w") as store:
         for index, model in enumerate(models, 1):
             arrays = Copy(named_tensors(model)).resolve()
-            place = {"index": index, "step": index, "cycle": index - 1, "lr": 0.1}
-            store.save(arrays, **place, framework=framework, unfinished=unfinished)
+            entry = {"index": index, "step": index, "cycle": index - 1, "lr": 0.1}
+            store.save(arrays, **entry, framework=framework, unfinished=unfinished)
 
 
 def varied(model):
@@ -138,7 +138,7 @@ def test_a_compiled_model_is_an_architecture_like_any_other(tmp_path, compile_in
 
 
 def mapped_from(address):
-    """The file whose pages are at an address of this process, as Linux tells it."""
+    """The file whose pages are at an address of this process, as Linux reports it."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, *_, path = line.split()
         begin, end = (int(bound, 16) for bound in span.split("-"))

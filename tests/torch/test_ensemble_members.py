@@ -179,7 +179,7 @@ def test_what_a_copy_can_follow_runs_the_members_weights(run, bind, mapped):
     torch.testing.assert_close(SnapshotEnsemble.load(directory, model, mapped=mapped).members(X), wanted)
 
 
-def test_forward_hooks_go_on_with_the_members(run):
+def test_forward_hooks_stay_with_the_members(run):
     model, seen = net(), []
     model[2].register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
     model.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
@@ -558,7 +558,7 @@ def test_softmax_is_over_the_axis_of_the_classes_in_segmentation(strategy):
         SnapshotEnsemble([nn.Conv2d(3, 1, 3)], axis=1)(images)
 
 
-def test_sequences_of_a_convolution_and_of_a_transformer_are_told_apart_by_axis():
+def test_sequences_of_a_convolution_and_of_a_transformer_are_distinguished_by_axis():
     sequences = torch.rand(2, 3, 7)
     member = nn.Conv1d(3, 7, 1)
     with pytest.raises(DataError, match="pass axis=1 or axis=-1"):
@@ -597,6 +597,7 @@ def test_it_pickles(run, options, used):
     assert again.strategy == ensemble.strategy
 
 
+@pytest.mark.exhaustive
 def test_a_loaded_ensemble_pickles_for_another_process(run, tmp_path):
     directory, wanted = run
     (tmp_path / "e.pickle").write_bytes(pickle.dumps(SnapshotEnsemble.load(directory, net())))

@@ -127,7 +127,7 @@ def test_stacked_members_give_what_the_loop_gives(tmp_path, name):
     assert not torch.equal(*stacked.members(x)[:2])
 
 
-def test_tied_weights_are_stacked_once_and_reach_every_place(tmp_path):
+def test_tied_weights_are_stacked_once_and_reach_every_name(tmp_path):
     """A stack of parameters without their second names gives garbage and no error."""
     write(tmp_path, Tied(), Tied())
     ensemble = SnapshotEnsemble.load(tmp_path, Tied(), strategy="stacked", axis=-1)
@@ -220,15 +220,15 @@ def test_members_of_two_classes_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "message"),
     [
         (lambda: nn.Linear(3, 4, bias=False), r"'bias' of member 2 is missing, the first's is \(4,\) torch.float32"),
         (lambda: nn.Linear(3, 4).half(), r"member 2 is \(4.* torch.float16 on cpu, the first's is \(4.* torch.float32"),
     ],
 )
-def test_members_with_other_tensors_are_refused_by_name(other, told):
+def test_members_with_other_tensors_are_refused_by_name(other, message):
     ensemble = SnapshotEnsemble([nn.Linear(3, 4), other()], strategy="stacked", axis=-1)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         ensemble(X)
 
 

@@ -192,6 +192,7 @@ def check(directory, make_loader, stops, how="leaving", **options):
     assert members(directory / "parts") == members(directory / "whole")
 
 
+@pytest.mark.exhaustive(keep=8)
 @pytest.mark.parametrize("loader", HERE)
 @pytest.mark.parametrize(
     "stops", [[5], [9], list(range(1, UPDATES))], ids=["with an epoch", "within one", "ever so often"]
@@ -200,6 +201,7 @@ def test_stopped_after_an_update_and_started_again(tmp_path, loader, stops):
     check(tmp_path, HERE[loader], stops)
 
 
+@pytest.mark.exhaustive(keep=5)
 @pytest.mark.parametrize("loader", HERE)
 @pytest.mark.parametrize("how", ["an exception", "SIGTERM"])
 def test_stopped_by_something_else(tmp_path, loader, how):
@@ -207,6 +209,7 @@ def test_stopped_by_something_else(tmp_path, loader, how):
     check(tmp_path, HERE[loader], [7, 10], how)
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("workers", WORKERS)
 def test_stopped_with_workers_that_draw_random_numbers(tmp_path, workers):
     check(tmp_path, lambda: with_workers(**WORKERS[workers]), [5, 8])
@@ -217,6 +220,7 @@ def test_stopped_with_workers_by_something_else(tmp_path, how):
     check(tmp_path, lambda: with_workers(persistent_workers=True), [7], how)
 
 
+@pytest.mark.exhaustive
 def test_stopped_with_a_worker_that_was_spawned(tmp_path, monkeypatch):
     """It imports the data set, which must be in a module that it finds."""
     (tmp_path / "spawned_dataset.py").write_text(
@@ -282,6 +286,34 @@ def test_epochs_are_counted_on_and_what_follows_each_is_done_once_more_at_most(t
     assert members(tmp_path / "parts") == members(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("stop_at", [2, 3, 5, 8])
+def test_gradients_accumulated_by_the_number_of_a_batch_make_the_same_updates_after_a_resume(tmp_path, stop_at):
+    """Two micro-batches an update, and the last of five alone, as loops write it with the length of the loader."""
+
+    def train(directory, stop_at=None, *, first=False):
+        scrambled()
+        loader = HERE["shuffled"]()
+        if first:
+            seed_all(loader)
+        model = nn.Linear(3, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with SnapshotRun(directory, CYCLES, model, optimizer) as run:
+            for _, batches in run.epochs(loader):
+                for number, x in enumerate(batches, batches.start):
+                    model(x).square().mean().backward()
+                    if (number + 1) % 2 == 0 or number + 1 == len(loader):
+                        optimizer.step()
+                        optimizer.zero_grad()
+                    run.step()
+                    if run.updates == stop_at:
+                        return
+
+    train(tmp_path / "whole", first=True)
+    train(tmp_path / "parts", stop_at, first=True)
+    train(tmp_path / "parts")
+    assert members(tmp_path / "parts") == members(tmp_path / "whole")
+
+
 def test_the_plain_form_resumes_at_the_epoch_after_the_last_one(tmp_path):
     """`range(run.updates // len(loader), E)`, with an order that is a function of the epoch."""
 
@@ -317,7 +349,7 @@ def test_micro_batches_left_over_at_an_epochs_end_are_given_again(tmp_path, stop
 
 
 class Noted:
-    """Whatever a loader is made of: it notes the epoch that it is told of, and shuffles by it."""
+    """Whatever a loader is made of: it notes the epoch that it is given, and shuffles by it."""
 
     def __init__(self):
         self.epoch, self.heard = 0, []
@@ -342,7 +374,7 @@ class Wrapped:
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
-def test_a_batch_sampler_is_told_the_epoch_however_deep_its_loader_is_wrapped(tmp_path, depth):
+def test_a_batch_sampler_is_given_the_epoch_however_deep_its_loader_is_wrapped(tmp_path, depth):
     def make():
         loader = DataLoader(Augmented(), batch_sampler=Noted())
         for _ in range(depth):

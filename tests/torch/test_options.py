@@ -382,6 +382,7 @@ class Stopped(Exception):  # noqa: N818
     """The process is gone."""
 
 
+@pytest.mark.exhaustive(keep=3)
 @pytest.mark.parametrize("options", COMBINATIONS.values(), ids=COMBINATIONS)
 def test_a_run_interrupted_and_executed_again_leaves_the_members_of_one_never_stopped(digits, tmp_path, options):
     torch._dynamo.reset()

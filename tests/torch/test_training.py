@@ -63,6 +63,7 @@ def test_the_loop_is_bit_for_bit_the_one_written_by_hand(digits):
     assert reports == list(enumerate(losses, 1))
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("cut", [1, 17, CHUNK, 59])
 def test_a_stretch_in_two_parts_is_the_stretch_in_one(digits, cut):
     whole, parts = loop_over(DeviceFeed(digits, CPU)), loop_over(DeviceFeed(digits, CPU))

@@ -1,4 +1,4 @@
-"""Updates that PyTorch's hooks do not tell of, or tell of twice: each counts once, or the run says so at once."""
+"""Updates that PyTorch's hooks do not report, or report twice: each counts once, or the run says so at once."""
 
 import re
 

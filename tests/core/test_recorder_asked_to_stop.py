@@ -1,4 +1,4 @@
-"""A loop that counts in bulk can ask whether it was told to end, and answer at the very next update."""
+"""A loop that counts in bulk can see whether it was asked to stop, and answer at the very next update."""
 
 import os
 import signal
