@@ -107,6 +107,7 @@ def run_file(path: Path, size: int, *, check: Callable[[], object]) -> Iterator[
     except StoreError:
         raise
     except OSError as error:
+        check()  # a directory that has gone is the cause, and what there is to say
         advice = "make room, then start again" if error.errno in _FULL else "what was there before is unchanged"
         reason = error.strerror or error
         raise StoreError(f"{path} could not be written, which needs {size} bytes: {reason}; {advice}") from error

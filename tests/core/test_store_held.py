@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import snapcore.store.aside
+import snapcore.store.directory
 import snapcore.store.lock
 from snapcore.errors import StoreError
 from snapcore.store import ResumePoint, SnapshotStore, local_path, move_aside, new_member, read_point
@@ -380,3 +381,18 @@ def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
     for use in (SnapshotStore, lambda path: SnapshotStore(path, "w"), read_point, move_aside):
         with pytest.raises(StoreError):
             use(os.path.join(tmp_path, name))  # noqa: PTH118  pathlib would look at it first
+
+
+def test_a_directory_that_is_deleted_while_a_file_is_written_is_what_the_error_names(home, monkeypatch):
+    written = snapcore.store.directory.write_tensors
+
+    def deleting(path, *args):
+        digest = written(path, *args)
+        deleted(home)
+        return digest
+
+    with SnapshotStore(home, "w") as store:
+        save(store, 1)
+        monkeypatch.setattr(snapcore.store.directory, "write_tensors", deleting)
+        with pytest.raises(StoreError, match=MOVED):
+            save(store, 2)

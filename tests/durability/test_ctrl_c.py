@@ -30,6 +30,7 @@ def interrupt(zygote, directory, method, length, times, rng):
     return code, child.output[before:]
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("number", range(RUNS))
 @pytest.mark.parametrize("times", [1, 2], ids=["once", "twice"])
 def test_a_run_interrupted_at_random_instants_ends_as_the_undisturbed_one(

@@ -32,6 +32,7 @@ def wait_for_update_11(directory):
         time.sleep(0.005)
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize(("happen", "end"), [*((moved, end) for end in ENDS), (deleted, "left to notice")])
 def test_a_run_that_has_lost_its_directory_leaves_the_run_at_its_name_alone(zygote, reference, tmp_path, happen, end):
     """The second ends while the first is in its eleventh update, which then goes on to the next resume point."""
@@ -54,6 +55,7 @@ def test_a_run_that_has_lost_its_directory_leaves_the_run_at_its_name_alone(zygo
         assert_same(tmp_path / "moved", reference().directory)
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("number", range(RUNS))
 @pytest.mark.parametrize("happen", [moved, deleted])
 def test_two_runs_of_one_name_end_as_undisturbed_ones_whenever_the_first_was_moved_and_killed(

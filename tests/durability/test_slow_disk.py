@@ -25,6 +25,7 @@ def refused(zygote, tmp_path):
     return second.wait() == 1 and second.output.endswith(IN_USE)
 
 
+@pytest.mark.exhaustive(keep=1)
 @pytest.mark.parametrize("call", ["os:fsync", "os:replace"])
 def test_who_presses_ctrl_c_twice_while_a_file_is_written_keeps_the_run_until_it_is(zygote, reference, tmp_path, call):
     directory = tmp_path / "run"

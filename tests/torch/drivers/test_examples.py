@@ -43,7 +43,7 @@ def start(folder, *command):
     )
 
 
-@pytest.mark.exhaustive(keep=1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "module", "hook", "kill", "members"),
     [
