@@ -6,7 +6,7 @@ from pathlib import Path
 
 from snapcore.ensemble import Recipe
 from snapcore.errors import StoreError
-from snapcore.lab.ours import JOB, RESULTS
+from snapcore.lab.ours import JOB, RECIPE, RESULTS
 from snapcore.lab.sealed import LARGEST, read_sealed
 from snapcore.lab.text import counted, printable
 from snapcore.protocol import program_from_dict
@@ -51,13 +51,13 @@ def describe_recipe(recipe: Recipe, report: Mapping[str, Mapping[str, float]]) -
 
 
 def faults(directory: Path) -> Iterator[str]:
-    """Yield a line for every file of a run that is not as it was written: members, resume point, job and results."""
+    """Yield a line for every file of a run that is not as it was written: members, resume point, job, results and recipe."""
     try:
         store = SnapshotStore(directory)
     except StoreError as error:
         yield str(error)
         return
-    sealed = [path for path in (directory / JOB, directory / RESULTS) if _claims_a_seal(path)]
+    sealed = [path for path in (directory / JOB, directory / RESULTS, directory / RECIPE) if _claims_a_seal(path)]
     checks: list[Callable[[], object]] = [
         *(functools.partial(store.file, member.index) for member in store.members),
         *([] if store.members else [store.verify]),  # of the manifest alone

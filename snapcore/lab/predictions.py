@@ -56,6 +56,8 @@ def predictions_of(
         made[lacking] = _run(store, job, dataset, [members[position] for position in lacking], x, device)
     found = Predictions(made, y, split=split, data=data, members=digests)
     try:
+        if path.parent.is_symlink():
+            raise StoreError(f"{path.parent} is a link, and a run is written only into folders of its own")
         path.parent.mkdir(exist_ok=True)
         found.save(path)
     except OSError as error:  # as in a run on a read-only disk: they are made anew the next time

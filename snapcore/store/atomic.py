@@ -20,7 +20,7 @@ POSIX = os.name == "posix"
 # so that a sweep deletes what killed writers of ours have left, and nothing more.
 _TEMPORARY = re.compile(
     r"\.tmp-(snapcore\.json|snapshot-\d{3,}\.safetensors|point\.safetensors|job\.json|history\.csv|results\.json"
-    r"|training\.png)-[0-9a-f]{8}"
+    r"|training\.png|recipe\.json|(test|held-out)\.safetensors)-[0-9a-f]{8}"
 )
 # Some network and user-space file systems cannot flush a directory, and say so with one of these.
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP)
@@ -83,7 +83,8 @@ def sweep(directory: Path) -> None:
     Raises:
         OSError: one cannot be deleted.
     """
-    for path in directory.glob(".tmp-*"):
+    kept = directory / "predictions"
+    for path in (*directory.glob(".tmp-*"), *([] if kept.is_symlink() else kept.glob(".tmp-*"))):
         if _TEMPORARY.fullmatch(path.name) and (path.is_symlink() or path.is_file()):
             path.unlink()
 

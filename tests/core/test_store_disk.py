@@ -326,3 +326,17 @@ def test_a_file_of_any_name_is_written_whole_or_not_at_all(tmp_path):
         temporary.write_text("whole")
     assert names(tmp_path) == ["notes"]
     assert (tmp_path / "notes").read_text() == "whole"
+
+
+def test_what_a_killed_writer_of_predictions_or_a_recipe_has_left_is_swept_and_nothing_behind_a_link(run, tmp_path):
+    ours = [run / ".tmp-recipe.json-0123abcd", run / "predictions" / ".tmp-test.safetensors-0123abcd"]
+    linked = tmp_path / "elsewhere" / ".tmp-test.safetensors-0123abcd"
+    for path in (*ours, linked):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    with SnapshotStore(run, "w"):
+        assert not any(path.exists() for path in ours)
+    ours[1].parent.rmdir()
+    ours[1].parent.symlink_to(linked.parent)
+    with SnapshotStore(run, "w"):
+        assert linked.exists()
