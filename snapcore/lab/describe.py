@@ -51,7 +51,7 @@ def describe_recipe(recipe: Recipe, report: Mapping[str, Mapping[str, float]]) -
 
 
 def faults(directory: Path) -> Iterator[str]:
-    """Yield a line for every file of a run that is not as it was written: members, resume point, job, results and recipe."""
+    """Yield a line for every file of a run that is not as it was written, predictions apart, which are made anew."""
     try:
         store = SnapshotStore(directory)
     except StoreError as error:
