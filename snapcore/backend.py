@@ -106,6 +106,14 @@ class Backend(Protocol[State]):
         """Return the model's outputs in evaluation mode, [examples, classes]; the state is left alone."""
         ...
 
+    def refresh(self, state: State, x: "NDArray[Any]") -> State:
+        """Return the state with batch statistics re-estimated on inputs `x`, [examples, …], as training sees them.
+
+        They are the mean of equal batches' own, whatever they were before; all else is as it was, random states too. A
+        model without any is left alone. It is for weights that were not trained themselves, such as a mean of members'.
+        """
+        ...
+
 
 def resolved(tensors: "Pending | Tensors") -> "Tensors":
     """Return named host arrays: those that a pending copy resolves to, or the ones given."""

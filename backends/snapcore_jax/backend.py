@@ -36,6 +36,8 @@ class JaxState:
     loop: Loop
     evaluation: Any
     """The module without its arrays, in evaluation mode."""
+    refreshing: Any
+    """The same in training mode, where a batch leaves its own statistics behind, and nothing of earlier ones."""
 
     @property
     def weights(self) -> Any:
@@ -98,7 +100,7 @@ class JaxBackend:
         """
         factory = _factory(model)
         shape, n_classes = tuple(data.x.shape[1:]), data.n_classes
-        training_graph, evaluation_graph = _graphs(factory, shape, n_classes)
+        training_graph, evaluation_graph, refreshing_graph = _graphs(factory, shape, n_classes)
         mesh = None if mesh is None else _automatic(mesh, data)
         chosen = _optimizer(optimizer, momentum, weight_decay)
         step = Step(training_graph, chosen, _dtype(precision), mesh)
@@ -107,7 +109,7 @@ class JaxBackend:
         training = Training(parts.params, parts.others, _moments(step, parts.params))
         key = _on_devices(mesh, _key(seed, 0))
         loop = Loop(step, data, x, y, parts.keys, program.schedule).fitted(training, key)
-        return JaxState(training, key, loop, evaluation_graph)
+        return JaxState(training, key, loop, evaluation_graph, refreshing_graph)
 
     def train(self, state: JaxState, start: int, stop: int, *, report: Report) -> JaxState:
         """Do updates `start … stop − 1`; the arrays of the state given are given away."""
@@ -151,6 +153,15 @@ class JaxBackend:
         batches = [np.asarray(x[start : start + _EVALUATION_BATCH]) for start in starts]
         return np.concatenate([np.asarray(_evaluated(state.evaluation, arrays, batch)) for batch in batches])
 
+    def refresh(self, state: JaxState, x: NDArray[Any]) -> JaxState:
+        """Return the state with batch statistics re-estimated on inputs `x`."""
+        arrays = (state.training.params, state.loop.keys, state.training.others)
+        mean: Any = None
+        for count, part in enumerate(np.array_split(x, max(1, -(-len(x) // _EVALUATION_BATCH))), 1):
+            found = _statistics(state.refreshing, arrays, part)
+            mean = found if mean is None else jax.tree.map(functools.partial(_towards, count), mean, found)
+        return replace(state, training=state.training._replace(others=mean))
+
 
 def _factory(model: str | Factory) -> Factory:
     factory = MODELS.get(model) if isinstance(model, str) else model
@@ -167,12 +178,15 @@ def _dtype(precision: str) -> Any:
     return _DTYPES[precision]
 
 
-def _graphs(factory: Factory, input_shape: tuple[int, ...], n_classes: int) -> tuple[Any, Any]:
+def _graphs(factory: Factory, input_shape: tuple[int, ...], n_classes: int) -> tuple[Any, Any, Any]:
     model = nnx.eval_shape(lambda: _made(factory, input_shape, n_classes, nnx.Rngs(0)))
     model.train()
     training = nnx.graphdef(model)
     model.eval()
-    return training, nnx.graphdef(model)
+    evaluation = nnx.graphdef(model)
+    model.train()
+    model.set_attributes(nnx.BatchNorm, momentum=0.0, raise_if_not_found=False)
+    return training, evaluation, nnx.graphdef(model)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -194,6 +208,17 @@ def _moments(step: Step, params: Any) -> Any:
 @functools.partial(jax.jit, static_argnums=0)
 def _evaluated(graph: Any, arrays: tuple[Any, Any, Any], x: Any) -> Any:
     return nnx.merge(graph, *arrays, copy=True)(x).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _statistics(graph: Any, arrays: tuple[Any, Any, Any], x: Any) -> Any:
+    model = nnx.merge(graph, *arrays, copy=True)
+    model(x)
+    return split(nnx.state(model)).others
+
+
+def _towards(count: int, mean: Any, new: Any) -> Any:
+    return mean + (new - mean) / count if jnp.issubdtype(mean.dtype, jnp.floating) else new
 
 
 def _optimizer(chosen: Optimizer | str, momentum: float, weight_decay: float) -> Optimizer:

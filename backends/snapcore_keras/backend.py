@@ -120,6 +120,28 @@ class KerasBackend:
         parts = [state.model(x[start : start + _EVALUATION_BATCH], training=False) for start in starts]
         return np.concatenate([np.asarray(ops.convert_to_numpy(part), np.float32) for part in parts])
 
+    def refresh(self, state: KerasState, x: NDArray[Any]) -> KerasState:
+        """Return the state with batch statistics re-estimated on inputs `x`; random states are left alone."""
+        layers = [each for each in state.model._flatten_layers() if isinstance(each, keras.layers.BatchNormalization)]
+        if not layers:
+            return state
+        statistics = [variable for layer in layers for variable in (layer.moving_mean, layer.moving_variance)]
+        others = [each for each in state.model.non_trainable_variables if all(each is not own for own in statistics)]
+        kept = [np.array(ops.convert_to_numpy(variable)) for variable in others]
+        momenta = [layer.momentum for layer in layers]
+        means: list[Any] = [0.0] * len(statistics)
+        for layer in layers:
+            layer.momentum = 0.0  # what a batch leaves is then its own
+        for count, part in enumerate(np.array_split(x, max(1, -(-len(x) // _EVALUATION_BATCH))), 1):
+            state.model(part, training=True)
+            found = [np.asarray(ops.convert_to_numpy(variable), np.float64) for variable in statistics]
+            means = [mean + (new - mean) / count for mean, new in zip(means, found, strict=True)]
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for variable, value in zip([*statistics, *others], [*means, *kept], strict=True):
+            variable.assign(np.asarray(value, keras.backend.standardize_dtype(variable.dtype)))
+        return state
+
 
 def built(model: str | Factory, data: Data, seed: int, member: int, precision: str) -> Any:
     """Return a model with fresh weights, those of (seed, member).

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from snapcore import DataError, Program
 from snapcore.backend import Data, Pending, Report
@@ -129,6 +130,12 @@ class TensorFlowBackend(KerasBackend):
         """Resume from what `dump` returned."""
         with state.strategy.scope():
             super().load(state, tensors, values)
+        return state
+
+    def refresh(self, state: TensorFlowState, x: NDArray[Any]) -> TensorFlowState:  # type: ignore[override]
+        """Return the state with batch statistics re-estimated on inputs `x`; random states are left alone."""
+        with state.strategy.scope():
+            super().refresh(state, x)
         return state
 
 

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.swa_utils import update_bn
 
 from snapcore import DataError, Program
 from snapcore.backend import Data, Pending, Report, resolved
@@ -164,6 +165,14 @@ class TorchBackend:
             parts = [module(batch.to(state.device)) for batch in batches]
         module.train(was_training)
         return torch.cat(parts).float().cpu().numpy()
+
+    def refresh(self, state: TorchState, x: NDArray[Any]) -> TorchState:
+        """Return the state with batch statistics re-estimated on inputs `x`; random states are left alone."""
+        parts = np.array_split(x, max(1, -(-len(x) // _EVALUATION_BATCH)))
+        callers = random_state()
+        update_bn(map(to_torch, parts), state.loop.members, device=state.device)
+        set_random_state(callers)
+        return state
 
 
 def _parts(state: TorchState) -> tuple[nn.Module, nn.Module, Optimizer, dict[str, Any]]:

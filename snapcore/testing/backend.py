@@ -172,6 +172,24 @@ class BackendConformance:
             assert name in _refusal(backend, state, tensors), f"tensors that do not fit in {name!r} were taken"
         assert_equal(self._weights(state), before)
 
+    def test_rule_16_statistics_are_re_estimated_from_weights_and_inputs_alone(self) -> None:
+        """Rule 16: whatever they were before; parameters, moments and random states are left alone."""
+        backend, x = self.backend(), self.data().x
+        weights, earlier = self._weights(self._trained(6)), self._weights(self._trained(2))
+        found = self._weights(backend.refresh(self._trained(6), x))
+        statistics = {name for name, array in found.items() if not np.array_equal(array, weights[name])}
+        still = self._init(schedule=StepDecay(1e-12, _STEPS, milestones=()))
+        before, moved = self._weights(still), self._weights(self._train(still, 0, 2))
+        for name in set(weights) - statistics:
+            np.testing.assert_allclose(moved[name], before[name], atol=1e-7, err_msg=f"{name} was not re-estimated")
+        mixed = {**weights, **{name: earlier[name] for name in statistics}}
+        one, other = (backend.restore(self._init(seed=9), each, optimizer="keep") for each in (weights, mixed))
+        assert_equal(self._weights(backend.refresh(other, x)), self._weights(backend.refresh(one, x)))
+        after = self._weights(self._train(backend.refresh(self._trained(6, model=self.random_model), x), 6, 9))
+        expected = self._weights(self._undisturbed(model=self.random_model))
+        kept = expected.keys() - statistics  # what is trained does not depend on them
+        assert_equal({name: after[name] for name in kept}, {name: expected[name] for name in kept})
+
     def _init(self, *, seed: int = 3, member: int = 1, schedule: Any = None, **options: Any) -> Any:
         program = Program("test", schedule or CosineCycles(0.05, _STEPS, 1, remainder="even"))
         model = options.pop("model", self.model)

@@ -153,9 +153,18 @@ class Rule15(NumpyBackend):
         return super().restore(state, {**state.weights, **fitting}, optimizer=optimizer)
 
 
+class Rule16(NumpyBackend):
+    """Statistics keep half of what they were."""
+
+    def refresh(self, state, x):
+        fresh = super().refresh(state, x)
+        mean = (fresh.weights["mean"] + state.weights["mean"]) / 2
+        return replace(fresh, weights={**fresh.weights, "mean": mean})
+
+
 RULES = sorted(name for name in dir(BackendConformance) if name.startswith("test_rule_"))
 BROKEN = [Rule01, Rule02, Rule03, Rule04, Rule05, Rule06, Rule07, Rule08, Rule09, Rule10, Rule11, Rule12, Rule13]
-BROKEN += [Rule14, Rule15]
+BROKEN += [Rule14, Rule15, Rule16]
 
 
 def keeps(suite, rule):
@@ -180,6 +189,19 @@ def test_a_backend_that_breaks_one_rule_fails_at_exactly_that_rule(broken):
 
 def test_every_rule_has_a_backend_that_breaks_it():
     assert [rule[5:12].replace("rule_", "Rule") for rule in RULES] == [broken.__name__ for broken in BROKEN]
+
+
+def test_a_backend_that_re_estimates_nothing_is_found():
+    class Idle(NumpyBackend):
+        def refresh(self, state, x):
+            return state
+
+    class Suite(BackendConformance):
+        def backend(self):
+            return Idle()
+
+    with pytest.raises(AssertionError, match="was not re-estimated"):
+        Suite().test_rule_16_statistics_are_re_estimated_from_weights_and_inputs_alone()
 
 
 def test_a_suite_must_say_which_backend_it_tests():
