@@ -5,6 +5,7 @@ import random
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from types import FunctionType, GeneratorType, ModuleType
 from typing import Any, Generic, TypeVar
 
@@ -172,6 +173,8 @@ def _parts(value: Any) -> list[Any]:
     """Return what an object refers to, where an order of batches may come from."""
     if isinstance(value, list | tuple):
         return list(value) if len(value) <= _LONGEST else []
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, GeneratorType) and value.gi_frame is not None:
         frame = value.gi_frame
         return [*frame.f_locals.values(), *_drawn_from(value.gi_code.co_names, frame.f_globals)]
@@ -192,9 +195,8 @@ def _is_holder(value: Any) -> bool:
     if isinstance(value, kinds) or not isinstance(getattr(value, "__dict__", None), dict):
         return False
     module = type(value).__module__
-    return not module.startswith(_STRANGERS) and (
-        not module.startswith("torch") or module.startswith("torch.utils.data")
-    )
+    library = module.partition(".")[0]  # all of it: tensorflow_datasets is none of TensorFlow's
+    return library not in _STRANGERS and (library != "torch" or module.startswith("torch.utils.data"))
 
 
 def _is_generator(value: Any) -> bool:

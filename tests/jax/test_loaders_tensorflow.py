@@ -1,5 +1,7 @@
 """A `tf.data.Dataset` in a JAX loop: what it shuffles is drawn again, or refused before the first batch."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -26,6 +28,22 @@ class AsNumpy:
 
     def __iter__(self):
         return self.dataset.as_numpy_iterator()
+
+
+class AsNumpyOfTfds(AsNumpy):
+    """The same, by where its class says that it comes from."""
+
+    __module__ = "tensorflow_datasets.core.dataset_utils"
+
+
+class Bound:
+    """One that holds the data set in a function's bound arguments."""
+
+    def __init__(self, dataset):
+        self.make = functools.partial(iter, dataset)
+
+    def __iter__(self):
+        return self.make()
 
 
 def shuffled(**options):
@@ -56,6 +74,8 @@ def train(directory, loader, kill=None, **options):
 MADE = {
     "itself": lambda: shuffled(seed=3),
     "as numpy": lambda: AsNumpy(shuffled(seed=3)),
+    "as numpy by tfds": lambda: AsNumpyOfTfds(shuffled(seed=3)),
+    "in a partial": lambda: Bound(shuffled(seed=3)),
     "two together": zipped,
     "the same order always": lambda: shuffled(seed=3, reshuffle_each_iteration=False),
 }
