@@ -290,6 +290,12 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
         some_predictions().save(tmp_path / "none" / "p")
 
 
+def test_a_name_of_the_data_that_no_reader_would_take_is_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(StoreError, match="are too long for one file"):
+        some_predictions(data="x" * 2**25).save(tmp_path / "p")
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- together
 
 
