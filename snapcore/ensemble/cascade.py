@@ -1,6 +1,6 @@
 """Ask the members one after the other, and stop where an example is sure enough: most of an ensemble for less."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -60,13 +60,14 @@ def fit_cascade(
         labels = predictions.labels_of(slice(None))
     members = members_asked(base)
     temperatures, scores, wrong = [], [], []
-    for stage in _stages(predictions, base, members):
+    stage = Stage([base.weights[index] for index in members], rule)
+    for index in members:
+        stage.add(predictions[index])
         try:
             temperatures.append(best_temperature(stage.logs, labels))
         except RunsOffError:  # as in a stage without errors, whose confidence is then left as it is
             temperatures.append(1.0)
-        found = Cascade(rule, 1.0, (temperatures[-1],))
-        scores.append(stage.score(found, 0))
+        scores.append(stage.score(temperatures[-1]))
         told = tempered("classes", stage.logs, temperatures[-1]).astype(np.float32)  # as run_cascade, to the last bit
         wrong.append(told.argmax(axis=1) != labels)
     threshold = _cheapest(np.array(scores), np.array(wrong), tolerance)
@@ -119,7 +120,7 @@ def cascade_batch(
     if recipe.cascade is None:
         raise DataError("the recipe has no cascade: make one with fit_cascade")
     members, rule = members_asked(recipe), recipe.cascade
-    stage, rows = Stage([recipe.weights[index] for index in members]), np.arange(examples)
+    stage, rows = Stage([recipe.weights[index] for index in members], rule.rule), np.arange(examples)
     result, used = np.empty((0, 0), np.float32), np.zeros(examples, np.int64)
     for position, index in enumerate(members):
         if position and not rows.size:
@@ -129,7 +130,7 @@ def cascade_batch(
         logs = tempered("classes", stage.logs, rule.temperatures[position])
         if not position:
             result = np.empty(logs.shape, np.float32)
-        leaves = (stage.score(rule, position) >= rule.threshold) | (position == len(members) - 1)
+        leaves = (stage.score(rule.temperatures[position]) >= rule.threshold) | (position == len(members) - 1)
         result[rows[leaves]] = logs[leaves]
         used[rows[leaves]] = position + 1
         stage.keep(~leaves)
@@ -153,19 +154,21 @@ class Stage:
 
     Args:
         weights: of the members, in the order in which they come.
+        rule: of the cascade; `"interval"` looks at each member again, and all of them are kept for it.
     """
 
-    def __init__(self, weights: npt.ArrayLike) -> None:
-        self._weights = list(np.asarray(weights, np.float64))
-        self._mean = LogMean("cascade")
+    def __init__(self, weights: Sequence[float], rule: str) -> None:
+        self._weights = iter(enumerate(weights))
+        self._rule, self._mean = rule, LogMean("cascade")
         self._members: list[Floats] = []
         self.logs: Floats = np.empty((0, 0))
 
     def add(self, member: npt.NDArray[np.floating]) -> None:
         """Take the next member's log-probabilities, [examples, classes]."""
         logs = member.astype(np.float64)
-        self._mean.add(logs, len(self._members), self._weights[len(self._members)])
-        self._members.append(logs)
+        self._mean.add(logs, *next(self._weights))
+        if self._rule == "interval":
+            self._members.append(logs)
         self.logs = self._mean.value()
 
     def keep(self, rows: npt.NDArray[np.bool_]) -> None:
@@ -174,16 +177,16 @@ class Stage:
         self._members = [member[rows] for member in self._members]
         self.logs = self.logs[rows]
 
-    def score(self, cascade: Cascade, stage: int) -> Floats:
+    def score(self, temperature: float) -> Floats:
         """Return how sure the rule is of each example, in 0..1."""
-        pooled = np.exp(tempered("classes", self.logs, cascade.temperatures[stage]))
+        pooled = np.exp(tempered("classes", self.logs, temperature))
         if pooled.shape[1] == 1:
             return np.ones(len(pooled))
-        second, first = np.argsort(pooled, axis=1)[:, -2:].T
+        second, first = np.argpartition(pooled, -2, axis=1)[:, -2:].T
         rows = np.arange(len(pooled))
-        if cascade.rule == "probability":
+        if self._rule == "probability":
             return np.asarray(np.minimum(pooled[rows, first], 1.0))
-        if cascade.rule == "margin":
+        if self._rule == "margin":
             return np.asarray(np.clip(pooled[rows, first] - pooled[rows, second], 0.0, 1.0))
         return _confidence(np.array([np.exp(each[rows, first]) - np.exp(each[rows, second]) for each in self._members]))
 
@@ -208,13 +211,6 @@ def _confidence(leads: Floats) -> Floats:
         term = term * cosine**2 * (power + 1) / (power + 2)
     within = (angle + sine * total) * 2 / np.pi if freedom % 2 else sine * total
     return np.asarray(np.clip(within, 0.0, 1.0))
-
-
-def _stages(predictions: Predictions, recipe: Recipe, members: list[int]) -> Iterator[Stage]:
-    stage = Stage([recipe.weights[index] for index in members])
-    for index in members:
-        stage.add(predictions[index])
-        yield stage
 
 
 def _cheapest(scores: Floats, wrong: npt.NDArray[np.bool_], tolerance: float) -> float:
