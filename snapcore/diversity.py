@@ -34,7 +34,8 @@ def correlation(p: Members) -> Floats:
     Source:
         Huang, Li, Pleiss, Liu, Hopcroft, Weinberger, Snapshot Ensembles, ICLR 2017, section 4.4 and figure 6.
     """
-    rows = _probabilities(p).reshape(len(_probabilities(p)), -1)
+    array = _probabilities(p)
+    rows = array.reshape(len(array), -1)
     rows = rows - rows.mean(axis=1, keepdims=True)
     lengths = np.sqrt(np.einsum("mk,mk->m", rows, rows))
     if not lengths.min() > 0:
@@ -54,7 +55,8 @@ def disagreement(p: Members) -> Floats:
         >>> disagreement([[[0.9, 0.1], [0.2, 0.8]], [[0.8, 0.2], [0.7, 0.3]]]).tolist()
         [[0.0, 0.5], [0.5, 0.0]]
     """
-    decided = _probabilities(p).argmax(axis=-1).reshape(len(_probabilities(p)), -1)
+    decided = _probabilities(p).argmax(axis=-1)
+    decided = decided.reshape(len(decided), -1)
     return np.array([(decided != each).mean(axis=1) for each in decided])
 
 
@@ -119,7 +121,7 @@ def ambiguity(p: Members, labels: npt.ArrayLike | None = None, score: str = "nll
         member = float(((array - target) ** 2).sum(axis=-1).mean())
         diversity = float(((array - mean) ** 2).sum(axis=-1).mean())
         return member, diversity, float(((mean - target) ** 2).sum(axis=-1).mean())
-    logs = p.log_likelihood() if isinstance(p, Predictions) else _log(array[:, rows, known])
+    logs = _log(array)[:, rows, known] if not isinstance(p, Predictions) else _named(p, labels).log_likelihood()
     if not np.isfinite(logs).all():
         raise DataError("a label has probability 0 under a member, whose loss is infinite: use score='brier'")
     pooled = np.logaddexp.reduce(logs, axis=0) - np.log(len(logs))
@@ -168,16 +170,19 @@ def _probabilities(p: Members) -> Floats:
 
 def _labelled(p: Members, labels: npt.ArrayLike | None) -> tuple[Floats, npt.NDArray[np.int64]]:
     array = _probabilities(p)
-    if labels is None:
-        if not isinstance(p, Predictions) or p.labels is None:
-            raise DataError("labels are missing: pass [examples] class numbers")
-        known = p.labels
-    else:
-        known = Predictions.from_probabilities(array[:1], labels, tolerance=np.inf).labels_of(slice(None))
-    array, known = array.reshape(len(array), -1, array.shape[-1]), known.reshape(-1)
+    if labels is None and (not isinstance(p, Predictions) or p.labels is None):
+        raise DataError("labels are missing: pass [examples] class numbers")
+    named = _named(p if isinstance(p, Predictions) else Predictions(_log(array[:1]), tolerance=np.inf), labels)
+    known = named.labels_of(slice(None)).reshape(-1)
+    array = array.reshape(len(array), -1, array.shape[-1])
     if isinstance(p, Predictions) and p.ignore is not None:
         array, known = array[:, known != p.ignore], known[known != p.ignore]
     return array, known
+
+
+def _named(p: Predictions, labels: npt.ArrayLike | None) -> Predictions:
+    """Return predictions with these labels instead of their own, where there are some."""
+    return p if labels is None else Predictions(p[:], labels, ignore=p.ignore, tolerance=np.inf)
 
 
 def _log(values: Floats) -> Floats:

@@ -281,8 +281,9 @@ def crps(
         application to mesoscale forecast ensemble verification, 2006, equation 5.
     """
     y = _as_array(targets, "targets")
-    mixture = np.ndim(mean) == y.ndim + 1
-    mu, s, y = _gaussian(mean, variance, np.broadcast_to(y, np.shape(mean)) if mixture else y)
+    mu = _as_array(mean, "mean")
+    mixture = mu.ndim == y.ndim + 1 and mu.shape[1:] == y.shape
+    mu, s, y = _gaussian(mu, variance, np.broadcast_to(y, mu.shape) if mixture else y)
     if not mixture:
         mu, s, y = mu[None], s[None], y[None]
     w = np.ones(len(mu)) if weights is None else np.asarray(weights, np.float64)

@@ -1,14 +1,15 @@
 """Ask the members one after the other, and stop where an example is sure enough: most of an ensemble for less."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from snapcore.ensemble.combine import LogMean
-from snapcore.ensemble.fitting import RunsOffError, best_temperature
+from snapcore.ensemble.fitting import RunsOffError, best_temperature, check_split
 from snapcore.ensemble.predictions import Floats, Predictions
-from snapcore.ensemble.recipe import Cascade, Recipe
+from snapcore.ensemble.recipe import RULES, Cascade, Fitted, Recipe
 from snapcore.ensemble.scoring import tempered
 from snapcore.errors import DataError
 
@@ -25,7 +26,7 @@ def fit_cascade(
     - `"probability"`: the largest probability, at the stage's temperature, is at least the threshold;
     - `"margin"`: its distance to the second largest is;
     - `"interval"`: the confidence (Student's t over the members so far, two-sided) that the leading class is above the
-      second is. It takes two members at least, and SciPy.
+      second is. It takes two members at least.
 
     Args:
         predictions: of classes, [members, examples, classes], for held-out examples, with labels.
@@ -34,10 +35,12 @@ def fit_cascade(
         recipe: whose weights to use; members without a weight are never asked. Equal by default.
 
     Returns:
-        The recipe with its `cascade`.
+        The recipe with its `cascade`. Where examples of score 1 alone cost more than the tolerance, which no threshold
+        mends, its threshold is 1.
 
     Raises:
-        DataError: labels are missing, the kind is another, the tolerance is negative, or the rule unknown.
+        DataError: labels are missing, the kind is another, the split is test, the tolerance is negative, or the rule
+            unknown.
 
     Source:
         Inoue, Adaptive ensemble prediction for deep neural networks based on confidence level, AISTATS 2019;
@@ -45,21 +48,31 @@ def fit_cascade(
     """
     if not tolerance >= 0:
         raise DataError(f"tolerance must be at least 0 percentage points, got {tolerance}")
+    if rule not in RULES:
+        raise DataError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     base = Recipe((1.0,) * len(predictions), members=predictions.members) if recipe is None else recipe
     base.check(predictions)
+    check_split(predictions, base)
     _check_kind(predictions)
     labels = predictions.labels_of(slice(None))
+    if predictions.ignore is not None:
+        predictions = predictions.take(labels != predictions.ignore)
+        labels = predictions.labels_of(slice(None))
     members = members_asked(base)
     temperatures, scores, wrong = [], [], []
-    for stage in _stages(predictions, base, members):
+    stage = Stage([base.weights[index] for index in members], rule)
+    for index in members:
+        stage.add(predictions[index])
         try:
             temperatures.append(best_temperature(stage.logs, labels))
         except RunsOffError:  # as in a stage without errors, whose confidence is then left as it is
             temperatures.append(1.0)
-        found = Cascade(rule, 1.0, (temperatures[-1],))
-        scores.append(stage.score(found, 0))
-        wrong.append(stage.logs.argmax(axis=1) != labels)
+        scores.append(stage.score(temperatures[-1]))
+        told = tempered("classes", stage.logs, temperatures[-1]).astype(np.float32)  # as run_cascade, to the last bit
+        wrong.append(told.argmax(axis=1) != labels)
     threshold = _cheapest(np.array(scores), np.array(wrong), tolerance)
+    if recipe is None:  # nothing else is fitted
+        base = replace(base, fitted=Fitted(predictions.rows, predictions.split, gain=0.0))
     return base.with_cascade(Cascade(rule, threshold, tuple(temperatures)))
 
 
@@ -107,21 +120,21 @@ def cascade_batch(
     if recipe.cascade is None:
         raise DataError("the recipe has no cascade: make one with fit_cascade")
     members, rule = members_asked(recipe), recipe.cascade
-    stage, rows = Stage([recipe.weights[index] for index in members]), np.arange(examples)
+    stage, rows = Stage([recipe.weights[index] for index in members], rule.rule), np.arange(examples)
     result, used = np.empty((0, 0), np.float32), np.zeros(examples, np.int64)
     for position, index in enumerate(members):
+        if position and not rows.size:
+            break
         asked = np.resize(rows, _bucket(len(rows), examples)) if bucketed else rows
         stage.add(np.asarray(ask(index, asked))[: len(rows)])
         logs = tempered("classes", stage.logs, rule.temperatures[position])
         if not position:
             result = np.empty(logs.shape, np.float32)
-        leaves = (stage.score(rule, position) >= rule.threshold) | (position == len(members) - 1)
+        leaves = (stage.score(rule.temperatures[position]) >= rule.threshold) | (position == len(members) - 1)
         result[rows[leaves]] = logs[leaves]
         used[rows[leaves]] = position + 1
         stage.keep(~leaves)
         rows = rows[~leaves]
-        if not rows.size:
-            break
     return result, used
 
 
@@ -141,19 +154,21 @@ class Stage:
 
     Args:
         weights: of the members, in the order in which they come.
+        rule: of the cascade; `"interval"` looks at each member again, and all of them are kept for it.
     """
 
-    def __init__(self, weights: npt.ArrayLike) -> None:
-        self._weights = list(np.asarray(weights, np.float64))
-        self._mean = LogMean("cascade")
+    def __init__(self, weights: Sequence[float], rule: str) -> None:
+        self._weights = iter(enumerate(weights))
+        self._rule, self._mean = rule, LogMean("cascade")
         self._members: list[Floats] = []
         self.logs: Floats = np.empty((0, 0))
 
     def add(self, member: npt.NDArray[np.floating]) -> None:
         """Take the next member's log-probabilities, [examples, classes]."""
         logs = member.astype(np.float64)
-        self._mean.add(logs, len(self._members), self._weights[len(self._members)])
-        self._members.append(logs)
+        self._mean.add(logs, *next(self._weights))
+        if self._rule == "interval":
+            self._members.append(logs)
         self.logs = self._mean.value()
 
     def keep(self, rows: npt.NDArray[np.bool_]) -> None:
@@ -162,37 +177,40 @@ class Stage:
         self._members = [member[rows] for member in self._members]
         self.logs = self.logs[rows]
 
-    def score(self, cascade: Cascade, stage: int) -> Floats:
+    def score(self, temperature: float) -> Floats:
         """Return how sure the rule is of each example, in 0..1."""
-        pooled = np.exp(tempered("classes", self.logs, cascade.temperatures[stage]))
+        pooled = np.exp(tempered("classes", self.logs, temperature))
         if pooled.shape[1] == 1:
             return np.ones(len(pooled))
-        second, first = np.argsort(pooled, axis=1)[:, -2:].T
+        second, first = np.argpartition(pooled, -2, axis=1)[:, -2:].T
         rows = np.arange(len(pooled))
-        if cascade.rule == "probability":
+        if self._rule == "probability":
             return np.asarray(np.minimum(pooled[rows, first], 1.0))
-        if cascade.rule == "margin":
+        if self._rule == "margin":
             return np.asarray(np.clip(pooled[rows, first] - pooled[rows, second], 0.0, 1.0))
         return _confidence(np.array([np.exp(each[rows, first]) - np.exp(each[rows, second]) for each in self._members]))
 
 
 def _confidence(leads: Floats) -> Floats:
-    """Return the confidence that the mean of leads [members, examples] is above 0: Student's t, two-sided."""
-    from scipy.special import stdtr
+    """Return the confidence that the mean of leads [members, examples] is above 0: Student's t, two-sided.
 
-    count = len(leads)
-    if count < 2:
+    P(|T| < t) for ν degrees of freedom is a polynomial in the sine and cosine of arctan(t / √ν).
+
+    Source:
+        Abramowitz, Stegun, Handbook of Mathematical Functions, 1964, equations 26.7.3 and 26.7.4.
+    """
+    freedom = len(leads) - 1
+    if not freedom:
         return np.zeros(leads.shape[1])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        statistic = leads.mean(axis=0) / (leads.std(axis=0, ddof=1) / np.sqrt(count))
-    return np.asarray(np.nan_to_num(np.clip(2 * stdtr(count - 1, statistic) - 1, 0.0, 1.0)))
-
-
-def _stages(predictions: Predictions, recipe: Recipe, members: list[int]) -> Iterator[Stage]:
-    stage = Stage([recipe.weights[index] for index in members])
-    for index in members:
-        stage.add(predictions[index])
-        yield stage
+    angle = np.arctan2(leads.mean(axis=0), leads.std(axis=0, ddof=1) * np.sqrt(freedom / len(leads)))
+    sine, cosine = np.sin(angle), np.cos(angle)
+    term = cosine if freedom % 2 else np.ones_like(cosine)
+    total = np.zeros_like(cosine)
+    for power in range(freedom % 2, freedom - 1, 2):  # of the cosine
+        total += term
+        term = term * cosine**2 * (power + 1) / (power + 2)
+    within = (angle + sine * total) * 2 / np.pi if freedom % 2 else sine * total
+    return np.asarray(np.clip(within, 0.0, 1.0))
 
 
 def _cheapest(scores: Floats, wrong: npt.NDArray[np.bool_], tolerance: float) -> float:
@@ -203,8 +221,8 @@ def _cheapest(scores: Floats, wrong: npt.NDArray[np.bool_], tolerance: float) ->
     them.
     """
     n_stages, n_examples = scores.shape
-    # +1 or −1 where an example's answer becomes wrong or right as the threshold rises past `at`
-    at, change = [np.zeros(1)], [np.array([float(wrong[0].sum())])]
+    # +1 or −1 where an example's answer becomes wrong or right as the threshold rises past `at`; at 0 nothing has yet
+    at, change = [np.array([-1.0])], [np.array([float(wrong[0].sum())])]
     reached, here = scores[0].copy(), wrong[0].copy()
     for stage in range(1, n_stages):
         # the last stage takes all that is left, whatever its score
@@ -217,11 +235,16 @@ def _cheapest(scores: Floats, wrong: npt.NDArray[np.bool_], tolerance: float) ->
     places, errors = np.concatenate(at)[order], np.cumsum(np.concatenate(change)[order])
     allowed = wrong[-1].sum() + tolerance * n_examples / 100 + 1e-9
     last_of_equal = np.append(places[1:] > places[:-1], True)
-    fits = last_of_equal & (errors <= allowed)
-    first = int(np.flatnonzero(fits)[0])
-    # just above the scores that must move on; 1 asks all members of all but the surest examples
-    above = places[first + 1] if first + 1 < len(places) else 1.0
-    return float(np.clip((places[first] + above) / 2 if first else 0.0, 0.0, 1.0))
+    fits = np.flatnonzero(last_of_equal & (errors <= allowed) & (places < 1))  # no threshold is above a score of 1
+    if not fits.size:
+        return 1.0
+    first = int(fits[0])
+    if not first:
+        return 0.0
+    # just above the scores that must move on
+    above = float(places[first + 1]) if first + 1 < len(places) else 1.0
+    middle = (float(places[first]) + above) / 2
+    return middle if middle > places[first] else above
 
 
 def _check_kind(predictions: Predictions) -> None:

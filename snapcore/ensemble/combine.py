@@ -84,7 +84,7 @@ def combine(
         return mean.value()
     members = fetchable(probabilities, last)
     m = check_last(len(members), last)
-    for back, weight in enumerate(_relative(weights, m)[::-1], start=1):
+    for back, weight in enumerate(check_weights(weights, m)[::-1], start=1):
         mean.add(members[len(members) - back], -back, float(weight))
     return mean.value()
 
@@ -147,8 +147,8 @@ class LogMean(Mean):
 
     def keep(self, rows: npt.NDArray[np.bool_]) -> None:
         """Forget the other examples."""
-        if self._total is not None:
-            self._total, self._top = self._total[rows], self._top[rows]
+        self._total = None if self._total is None else self._total[rows]
+        self._top = self._top[rows]
 
     def value(self) -> npt.NDArray[Any]:
         """Return the logarithm of the mean of what has been added."""
@@ -165,7 +165,7 @@ def _combine_predictions(
     members = fetchable(predictions, last)
     m = check_last(len(members), last)
     shares = np.zeros(len(predictions))
-    shares[len(predictions) - m :] = _relative(weights, m)
+    shares[len(predictions) - m :] = check_weights(weights, m)
     result = np.empty(predictions.shape[1:], np.float32)
     for rows, block in predictions.blocks():
         result[rows] = pool(predictions.kind, block, shares)
@@ -212,7 +212,8 @@ def check_last(n_members: int, last: int | None) -> int:
     return n_members if last is None else last
 
 
-def _relative(weights: npt.ArrayLike | None, n_members: int) -> npt.NDArray[np.float64]:
+def check_weights(weights: npt.ArrayLike | None, n_members: int) -> npt.NDArray[np.float64]:
+    """Return one weight per member used, the largest 1, or raise `DataError`; equal ones for None."""
     if weights is None:
         return np.ones(n_members)
     array = np.asarray(weights, dtype=np.float64)

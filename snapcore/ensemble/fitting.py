@@ -39,7 +39,7 @@ def select(predictions: Predictions, *, size: int = 25) -> Recipe:
         size: how many choices at most.
 
     Raises:
-        DataError: labels are missing, or `size` is below 1.
+        DataError: labels are missing, the split is test, or `size` is below 1.
 
     Example:
         >>> good, bad = [[0.9, 0.1], [0.2, 0.8]], [[0.1, 0.9], [0.8, 0.2]]
@@ -61,7 +61,7 @@ def fit_weights(predictions: Predictions) -> Recipe:
         predictions: for held-out examples, with labels.
 
     Raises:
-        DataError: labels are missing.
+        DataError: labels are missing, or the split is test.
 
     Example:
         >>> good, bad = [[0.9, 0.1], [0.2, 0.8]], [[0.1, 0.9], [0.8, 0.2]]
@@ -81,8 +81,9 @@ def fit_temperature(predictions: Predictions, recipe: Recipe | None = None) -> R
         recipe: whose weights to use; what it holds is kept but for the temperature.
 
     Raises:
-        DataError: labels are missing, the predictions are no probabilities, or no finite temperature is best: every
-            label is the most probable class, or a label has probability 0, or outputs say nothing about the labels.
+        DataError: labels are missing, the split is test, the predictions are no probabilities, or no finite
+            temperature is best: every label is the most probable class, or a label has probability 0, or outputs say
+            nothing about the labels.
 
     Example:
         >>> unsure = Predictions.from_probabilities([[[0.6, 0.4]] * 9 + [[0.4, 0.6]]], [0] * 10)
@@ -102,17 +103,38 @@ def fit_temperature(predictions: Predictions, recipe: Recipe | None = None) -> R
 
 def _fitted(predictions: Predictions, fit: Callable[[Predictions], Recipe], base: Recipe | None = None) -> Recipe:
     """Fit on all rows, and measure what it gains: on these rows, or on those of the other half where there are few."""
+    check_split(predictions, base)
     made = fit(predictions)
-    plain = Recipe((1.0,) * len(predictions)) if base is None else replace(base, temperature=1.0)
-    before = base.fitted.gain if base is not None and base.fitted is not None else 0.0
+    plain = Recipe((1.0,) * len(predictions))
     if predictions.examples >= FEW:
         gain: float | None = _loss(predictions, plain) - _loss(predictions, made)
         how = "in-sample"
     else:
-        gain, how = _cross_fitted_gain(predictions, fit, plain), "2-fold, 5 times"
-    total = None if gain is None or before is None else before + gain
-    fitted = Fitted(predictions.rows, predictions.split, total, how)
-    return replace(made, fitted=fitted, members=predictions.members)
+        how = "2-fold, 5 times"
+        if base is None or base.fitted is None:
+            gain = _cross_fitted_gain(predictions, fit, plain)
+        elif base.fitted.gain is None or base.temperature != 1.0:  # what its weights alone gained is not known
+            gain = None
+        else:
+            more = _cross_fitted_gain(predictions, fit, base)
+            gain = None if more is None else base.fitted.gain + more
+    gain = gain if gain is not None and np.isfinite(gain) else None
+    fitted = Fitted(predictions.rows, predictions.split, gain, how)
+    return replace(made, fitted=fitted, members=predictions.members or made.members)
+
+
+def check_split(predictions: Predictions, base: Recipe | None) -> None:
+    """Check that what is fitted on may be fitted on, and is what `base` was fitted on.
+
+    Raises:
+        DataError: it is the test data, or another split.
+    """
+    split = predictions.split
+    if split == "test":
+        raise DataError("nothing is fitted on test data, got predictions of split 'test': give those of held-out data")
+    known = None if base is None or base.fitted is None else base.fitted.split
+    if None not in (split, known) and split != known:
+        raise DataError(f"the recipe was fitted on split {known!r}, got predictions of {split!r}: give the same")
 
 
 def _cross_fitted_gain(predictions: Predictions, fit: Callable[[Predictions], Recipe], plain: Recipe) -> float | None:
@@ -147,20 +169,31 @@ def _select(predictions: Predictions, size: int) -> Recipe:
     # What is summed up so far: residuals, or logarithms of likelihoods.
     total = np.zeros(rows.shape[1]) if values else np.full(rows.shape[1], -np.inf)
     picks: list[int] = []
-    best, length = np.inf, 0
+    best, length = (np.inf, np.inf), 0
     for count in range(1, size + 1):
+        lost = np.zeros(len(rows))
         if values:
             losses = (((total + rows) / count) ** 2).mean(axis=1)
         else:
-            losses = np.log(count) - np.array([np.logaddexp(total, row).mean() for row in rows])
+            sums = (np.logaddexp(total, row) for row in rows)
+            lost, losses = np.array([_lost_and_loss(each) for each in sums]).T
+            losses += np.log(count)
+        # While labels have probability 0 the loss is infinite whatever is chosen: fewer of them come first.
+        losses[lost > lost.min()] = np.inf
         equal = np.flatnonzero(losses == losses.min())
         known = [index for index in equal if index in picks]
         pick = int(known[0] if known else equal[0])
         total = total + rows[pick] if values else np.logaddexp(total, rows[pick])
         picks.append(pick)
-        if losses[pick] < best:
-            best, length = losses[pick], count
+        if (lost[pick], losses[pick]) < best:
+            best, length = (lost[pick], losses[pick]), count
     return Recipe(tuple(np.bincount(picks[:length], minlength=len(rows))))
+
+
+def _lost_and_loss(logs: Floats) -> tuple[int, float]:
+    """Return how many likelihoods are 0, and minus the mean logarithm of the others, over all rows."""
+    finite = logs > -np.inf
+    return int(len(logs) - np.count_nonzero(finite)), -float(logs.sum(where=finite)) / len(logs)
 
 
 def _weigh(predictions: Predictions) -> Recipe:
@@ -226,25 +259,23 @@ def best_temperature(logs: npt.NDArray[np.floating], labels: npt.NDArray[np.inte
     if not np.isfinite(own).all():
         row = int(np.flatnonzero(~np.isfinite(own))[0])
         raise RunsOffError(f"the label of row {row} has probability 0, which no temperature mends: check the labels")
-    if (own >= logs.max(axis=1)).all():
-        raise RunsOffError(
-            "the temperature runs off to 0, since every held-out label is the most probable class: hold out more rows"
-        )
-    low, high, beta = 1 / _HIGHEST, 1 / _LOWEST, 1.0
+    low, high = 1 / _HIGHEST, 1 / _LOWEST
     if _slope(logs, own, low)[0] >= 0:
         raise RunsOffError(
             "the temperature runs off to infinity, since the predictions say nothing about the labels: check the labels"
         )
+    if (own >= logs.max(axis=1)).all():
+        raise RunsOffError(
+            "the temperature runs off to 0, since every held-out label is the most probable class: hold out more rows"
+        )
     if _slope(logs, own, high)[0] <= 0:
         raise RunsOffError("the temperature runs off to 0, since the labels are nearly separated: hold out more rows")
-    for _ in range(200):
+    before, beta = np.inf, 1.0
+    while abs(beta - before) > 1e-10 * beta:  # the interval becomes smaller each time
         slope, curvature = _slope(logs, own, beta)
         low, high = (beta, high) if slope < 0 else (low, beta)
         ahead = beta - slope / curvature if curvature > 0 else np.nan
-        ahead = ahead if low < ahead < high else (low * high) ** 0.5
-        if abs(ahead - beta) <= 1e-10 * beta:
-            break
-        beta = ahead
+        before, beta = beta, ahead if low < ahead < high else (low * high) ** 0.5
     return float(1 / beta)
 
 

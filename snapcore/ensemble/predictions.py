@@ -70,7 +70,8 @@ class Predictions(Sequence[npt.NDArray[np.float32]]):
             raise DataError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         if ignore is not None and kind != "classes":
             raise DataError(f"ignore is for classes alone, got it with kind={kind!r}; leave those examples out")
-        self.kind, self.ignore, self.split, self.data = kind, ignore, split, data
+        self.kind, self.split, self.data = kind, split, data
+        self.ignore = None if ignore is None else int(ignore)
         self._array, half = _as_members(log_probabilities, kind)
         self._check_members((_ROW_HALF if half else _ROW) if tolerance is None else tolerance)
         self.labels = None if labels is None else self._checked_labels(labels)

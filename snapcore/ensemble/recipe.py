@@ -21,6 +21,7 @@ RULES = ("probability", "margin", "interval")
 
 _FORMAT = "snapcore recipe 1"
 _LONGEST = 2**20
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Fitted:
         rows: how many labels counted.
         split: the part of the data, such as `"held-out"`; None where the predictions did not say.
         gain: how much lower the NLL per row is (the root mean squared error of values) than with equal weights and
-            without a temperature; None where it cannot be told.
+            without a temperature; None where it cannot be told, or is not finite.
         how: `"in-sample"`, on the rows that it was fitted on; or `"2-fold, 5 times"`, each half of the examples by what
             was fitted on the other, where there are fewer than 500 examples.
         test: the same on test data, where that was asked; nothing is fitted on it.
@@ -105,7 +106,11 @@ class Recipe:
             raise DataError(
                 f"a cascade needs a temperature for each of {stages} stages, got {len(self.cascade.temperatures)}"
             )
-        object.__setattr__(self, "weights", tuple(map(float, shares / shares.sum())))
+        if abs(sum(map(float, shares)) - 1) > _ROUNDING:  # else a file would give back other last bits
+            shares = shares / shares.max()  # whose sum can neither overflow nor vanish
+            shares /= shares.sum()
+        object.__setattr__(self, "weights", tuple(map(float, shares)))
+        object.__setattr__(self, "temperature", float(self.temperature))
 
     def apply(self, predictions: Predictions) -> npt.NDArray[np.float32]:
         """Return what all members with a weight predict together, at the recipe's temperature.

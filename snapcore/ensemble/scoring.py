@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from snapcore.ensemble.combine import LogMean, Mean, MemberSequence, check_last, fetchable, pool
+from snapcore.ensemble.combine import LogMean, Mean, MemberSequence, check_last, check_weights, fetchable, pool
 from snapcore.ensemble.predictions import Floats, Predictions, likelihood, log1mexp
 from snapcore.errors import DataError
 from snapcore.metrics import RowScores, crps, rmse, row_scores, score, summary
@@ -75,7 +75,8 @@ def score_predictions(
     Raises:
         DataError: labels are missing, weights do not fit, or values have a temperature.
     """
-    shares = np.ones(len(predictions)) if weights is None else np.asarray(weights, np.float64)
+    shares = check_weights(weights, len(predictions))
+    _check_temperature(predictions.kind, temperature)
     if predictions.kind in ("values", "gaussian"):
         return _score_values(predictions, shares)
     parts = []
@@ -91,12 +92,9 @@ def tempered(kind: str, pooled: Floats, temperature: float) -> Floats:
     Raises:
         DataError: the temperature is not above 0, or the kind has none.
     """
+    _check_temperature(kind, temperature)
     if temperature == 1.0:
         return pooled
-    if kind not in ("classes", "labels"):
-        raise DataError(f"temperature is for probabilities, got predictions of kind {kind!r}")
-    if not 0 < temperature < np.inf:
-        raise DataError(f"temperature must be above 0 and finite, got {temperature}")
     if kind == "classes":
         scaled = pooled / temperature
         top = scaled.max(axis=-1, keepdims=True)
@@ -104,6 +102,13 @@ def tempered(kind: str, pooled: Floats, temperature: float) -> Floats:
     with np.errstate(invalid="ignore"):
         logit = pooled - log1mexp(pooled)
     return np.asarray(-np.logaddexp(0.0, -logit / temperature))
+
+
+def _check_temperature(kind: str, temperature: float) -> None:
+    if temperature != 1.0 and kind not in ("classes", "labels"):
+        raise DataError(f"temperature is for probabilities, got predictions of kind {kind!r}; leave it out")
+    if not 0 < temperature < np.inf:
+        raise DataError(f"temperature must be above 0 and finite, got {temperature}")
 
 
 def _curve(predictions: Predictions) -> list[dict[str, float]]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from snapcore.ensemble.combine import pool
+from snapcore.ensemble.combine import check_weights, pool
 from snapcore.ensemble.predictions import Floats, Predictions, log1mexp
 from snapcore.errors import DataError
 from snapcore.metrics import auroc, risk_coverage
@@ -46,6 +46,9 @@ def uncertainty(predictions: Predictions, *, weights: npt.ArrayLike | None = Non
     Returns:
         [examples, …]: for dense outputs and tokens one number for each; for labels summed over an example's labels.
 
+    Raises:
+        DataError: weights do not fit.
+
     Example:
         >>> sure, unsure = [[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]
         >>> found = uncertainty(Predictions.from_probabilities([sure, unsure]))
@@ -56,7 +59,7 @@ def uncertainty(predictions: Predictions, *, weights: npt.ArrayLike | None = Non
         Depeweg, Hernández-Lobato, Doshi-Velez, Udluft, Decomposition of uncertainty in Bayesian deep learning for
         efficient and risk-sensitive learning, ICML 2018.
     """
-    shares = np.ones(len(predictions)) if weights is None else np.asarray(weights, np.float64)
+    shares = check_weights(weights, len(predictions))
     shares = shares / shares.sum()
     parts = [_of_block(predictions.kind, block, shares) for _, block in predictions.blocks()]
     found = Uncertainty(*map(np.concatenate, zip(*parts, strict=True)))
@@ -87,7 +90,7 @@ def uncertainty_quality(
     """
     if predictions.kind != "classes":
         raise DataError(f"errors are of classes alone, got predictions of kind {predictions.kind!r}")
-    shares = np.ones(len(predictions)) if weights is None else np.asarray(weights, np.float64)
+    shares = check_weights(weights, len(predictions))
     found = uncertainty(predictions, weights=shares)
     decided = [pool("classes", block, shares).argmax(axis=-1) for _, block in predictions.blocks()]
     labels = predictions.labels_of(slice(None))

@@ -2,7 +2,9 @@
 
 import collections
 import doctest
+import importlib
 import math
+import pkgutil
 import tracemalloc
 import types
 
@@ -553,5 +555,6 @@ def test_arguments_that_every_adapter_takes_are_refused_in_the_same_words():
             check()
 
 
-def test_the_examples_in_the_docstrings_hold():
-    assert doctest.testmod(ensemble).failed == 0
+@pytest.mark.parametrize("name", [each.name for each in pkgutil.iter_modules(ensemble.__path__)])
+def test_the_examples_in_the_docstrings_hold(name):
+    assert doctest.testmod(importlib.import_module(f"snapcore.ensemble.{name}")).failed == 0

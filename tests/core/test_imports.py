@@ -49,7 +49,45 @@ def test_no_room_of_the_core_loads_a_framework():
 
 
 def test_the_rooms_are_there():
-    assert {"snapcore.store", "snapcore.ensemble", "snapcore.metrics", "snapcore.run"} <= set(ROOMS)
+    assert {"snapcore.store", "snapcore.ensemble", "snapcore.metrics", "snapcore.run", "snapcore.diversity"} <= set(
+        ROOMS
+    )
+
+
+WORTH = """
+import sys
+import numpy as np
+from snapcore.diversity import ambiguity, correlation, disagreement, double_fault, weight_distance
+from snapcore.ensemble import *
+from snapcore.metrics import auroc, crps, gaussian_nll, perplexity, risk_coverage, rmse, score
+
+p = np.random.default_rng(0).dirichlet(np.ones(3), size=(3, 40))
+made = Predictions.from_probabilities(p, np.arange(40) % 3)
+made.save(sys.argv[1] + "/p.safetensors")
+made = Predictions.open(sys.argv[1] + "/p.safetensors")
+combine(made), prefix_curve(made), score_predictions(made), uncertainty(made), uncertainty_quality(made)
+recipe = fit_temperature(made, fit_weights(made))
+for rule in RULES:
+    recipe = fit_cascade(made, tolerance=1.0, rule=rule, recipe=recipe)
+    run_cascade(made, recipe)
+recipe.save(sys.argv[1] + "/recipe.json")
+Recipe.open(sys.argv[1] + "/recipe.json").apply(made), select(made)
+correlation(made), disagreement(made), double_fault(made), ambiguity(made), weight_distance([{"w": p}])
+perplexity(p[0], made.labels), crps([0.0], [1.0], [0.0]), gaussian_nll([0.0], [1.0], [0.0]), rmse([1.0], [0.0])
+auroc([0.0, 1.0], [0, 1]), risk_coverage([0.0], [1.0])
+print(*{name.partition(".")[0] for name in sys.modules})
+"""
+
+
+def test_what_members_are_worth_is_computed_without_a_framework_and_without_scipy(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::UserWarning", "-c", WORTH, tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not {*FRAMEWORKS, "scipy", "sklearn"} & set(done.stdout.split())
 
 
 @pytest.mark.parametrize("room", ["snapcore", "snapcore.store"])
