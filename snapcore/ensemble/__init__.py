@@ -21,6 +21,7 @@ from snapcore.ensemble.outputs import (
     refuse_probabilities,
     softmax_axis,
 )
+from snapcore.ensemble.pooling import Operations, Pooling, checked_recipe
 from snapcore.ensemble.predictions import KINDS, Predictions
 from snapcore.ensemble.recipe import RULES, Cascade, Fitted, Recipe, as_recipe
 from snapcore.ensemble.scoring import prefix_curve, score_predictions
@@ -39,7 +40,9 @@ __all__ = [
     "Directory",
     "Fitted",
     "MemberSequence",
+    "Operations",
     "Output",
+    "Pooling",
     "Predictions",
     "Recipe",
     "RunsOffError",
@@ -52,6 +55,7 @@ __all__ = [
     "check_activation",
     "check_members",
     "check_strategy",
+    "checked_recipe",
     "combine",
     "deviation",
     "fit_cascade",
