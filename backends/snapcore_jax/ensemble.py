@@ -19,14 +19,17 @@ from snapcore.ensemble import (
     TOLERANCE,
     Directory,
     Output,
+    Pooling,
+    Recipe,
     TuningReport,
     are_probabilities,
     check_activation,
     check_members,
     check_strategy,
-    member_files,
+    checked_recipe,
     pick,
     predict,
+    recipe_files,
     refuse_equal_members,
     refuse_mapped,
     softmax_axis,
@@ -41,13 +44,34 @@ Activation = Callable[[jax.Array], jax.Array]
 _HALF = (jnp.float16, jnp.bfloat16)  # averaged in float32
 
 
+class _Operations:
+    """Those that members are pooled with."""
+
+    softmax = staticmethod(jax.nn.softmax)
+    log_softmax = staticmethod(jax.nn.log_softmax)
+    sigmoid = staticmethod(jax.nn.sigmoid)
+    log_sigmoid = staticmethod(jax.nn.log_sigmoid)
+    exp = staticmethod(jnp.exp)
+    log = staticmethod(jnp.log)
+    expm1 = staticmethod(jnp.expm1)
+    where = staticmethod(jnp.where)
+    maximum = staticmethod(jnp.maximum)
+    minimum = staticmethod(jnp.minimum)
+    mean = staticmethod(jnp.mean)
+    stop_gradient = staticmethod(jax.lax.stop_gradient)
+
+
 class SnapshotEnsemble:
     """Average the members' probabilities: h(x) = 1/m · Σ softmax of each of the last m members.
 
-    Calling it gives mean probabilities, in the shape of the outputs; `members(…)` gives each member's, with the member
-    axis first. Both are compiled, once for every shape of batch. `predict(…)` gives the mean for all of a loader. It
-    has a length, and yields each member as an ensemble of one. `tune(…)` measures the strategies on a batch and keeps
-    the fastest. It pickles, if the members and `apply_fn` do.
+    Calling it gives mean probabilities, in the shape of the outputs, or with `log=True` their logarithms; `members(…)`
+    gives each member's, with the member axis first. Both are compiled, once for every shape of batch. `predict(…)`
+    gives the mean for all of a loader; `cascade(…)` asks each member only for the examples that need it. It has a
+    length, and yields each member as an ensemble of one. `tune(…)` measures the strategies on a batch and keeps the
+    fastest. It pickles, if the members and `apply_fn` do.
+
+    With a recipe the mean is weighted, and what is pooled is brought to the recipe's temperature T: softmax(ln h / T)
+    over the classes, or sigmoid(logit h / T) for each label.
 
     Arguments:
         members: each member's variables, trees of one structure. `SnapshotEnsemble.load` reads them from runs.
@@ -62,6 +86,7 @@ class SnapshotEnsemble:
         strategy: `"loop"`, one member after the other; `"stacked"`, all at once by `jax.vmap`; `"map"`, one at a time
             by `jax.lax.map`, the least memory; `"sharded"`, spread over this process's devices.
         allow_equal: whether members whose weights differ may give equal outputs for the first batch.
+        recipe: the members' weights, as many as there are members, and the temperature.
 
     Raises:
         StoreError: there are no members.
@@ -89,6 +114,7 @@ class SnapshotEnsemble:
         output: Output | None = None,
         strategy: str = "loop",
         allow_equal: bool = False,
+        recipe: Recipe | Directory | None = None,
     ) -> None:
         check_activation(activation)
         check_strategy(strategy, STRATEGIES)
@@ -108,14 +134,15 @@ class SnapshotEnsemble:
                     "than the first, or other values that are no arrays: make those arrays"
                 )
         self._options = {"activation": activation, "axis": axis, "output": output, "allow_equal": allow_equal}
-        self._activation, self._axis, self._output, self._allow_equal = activation, axis, output, allow_equal
-        self._classes_last = not holds_module(trees[0], "equinox")
+        classes_last, found = not holds_module(trees[0], "equinox"), checked_recipe(recipe, len(trees))
+        self._pooling = Pooling(_Operations(), activation, axis, classes_last=classes_last, recipe=found)
+        self._output = output
         self._apply = apply_fn
         # Traced once for every shape, and looked at for the first; inline, it is compiled as if it stood there.
         self._outputs = jax.jit(self._one, static_argnums=2, inline=True)
         self._unchecked, self._undecided, self._zeros_passed = activation == "softmax", not allow_equal, False
         self._strategy = strategy
-        self._run = STRATEGIES[strategy](self._member, self._members)
+        self._run = STRATEGIES[strategy](self._member, self._members, self._pooling)
 
     @classmethod
     def load(
@@ -132,6 +159,7 @@ class SnapshotEnsemble:
         strategy: str = "loop",
         mapped: bool = False,
         allow_equal: bool = False,
+        recipe: Recipe | Directory | None = None,
     ) -> Self:
         """Load the members of one run, or of several.
 
@@ -148,15 +176,18 @@ class SnapshotEnsemble:
             strategy: how the members are run, see `SnapshotEnsemble`.
             mapped: left out; it is for PyTorch. JAX copies weights to its devices.
             allow_equal: whether members whose weights differ may give equal outputs for the first batch.
+            recipe: or the path of its file: says which members are used, with which weights, at which temperature, and
+                when a cascade stops. `last` and `members` are left out then; members without a weight are not loaded.
+                `activation="identity"` takes a temperature for one of classes.
 
         Raises:
-            StoreError: a directory holds no run, or not the members asked for.
+            StoreError: a directory holds no run, or not the members asked for; or there is no such recipe.
             CorruptSnapshotError: a file is not what was written.
-            DataError: a member's names and shapes are not those of `like`, it was written by another framework, or an
-                argument is unknown.
+            DataError: a member's names and shapes are not those of `like`, it was written by another framework, the
+                recipe is for other members, or an argument is unknown.
         """
         refuse_mapped(mapped)
-        files = member_files(directories, framework="jax", last=last, members=members)
+        files, used = recipe_files(directories, recipe, framework="jax", last=last, members=members)
         return cls(
             [_loaded(file, like) for file in files],
             apply_fn,
@@ -165,6 +196,7 @@ class SnapshotEnsemble:
             output=output,
             strategy=strategy,
             allow_equal=allow_equal,
+            recipe=used,
         )
 
     @property
@@ -172,24 +204,32 @@ class SnapshotEnsemble:
         """How the members are run."""
         return self._strategy
 
+    @property
+    def recipe(self) -> Recipe | None:
+        """How members are weighted, for these members alone; None where they are equal."""
+        return self._pooling.recipe
+
     def __len__(self) -> int:
         """Return how many members there are."""
         return len(self._members)
 
     def __iter__(self) -> Iterator[Self]:
         """Yield each member as an ensemble of one, which gives its probabilities and shares its weights."""
-        run = loop(self._member, self._members[:1])  # compiled once for all of them
+        alone = self._pooling.alone()
+        run = loop(self._member, self._members[:1], alone)  # compiled once for all of them
         for weights in self._members:
             member = object.__new__(type(self))
-            vars(member).update(vars(self), _members=[weights], _strategy="loop", _run=run.over((weights,)))
+            own = {"_members": [weights], "_pooling": alone, "_strategy": "loop", "_run": run.over((weights,))}
+            vars(member).update(vars(self), **own)
             yield member
 
-    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
-        """Return the members' mean probabilities.
+    def __call__(self, *args: Any, log: bool = False, **kwargs: Any) -> jax.Array:
+        """Return the members' mean probabilities, weighted and tempered by the recipe if there is one.
 
         Arguments:
             *args: go to `apply_fn`. Arrays are traced; other values (flags, text, numbers) are compiled for.
-            **kwargs: the same.
+            log: return log-probabilities, exact where probabilities underflow.
+            **kwargs: go to `apply_fn`, as `args`.
 
         Raises:
             DataError: the first batch's outputs already are probabilities, or all members give the same; or `axis` or
@@ -197,26 +237,58 @@ class SnapshotEnsemble:
         """
         batch = partition((args, kwargs))
         self._check(batch)
-        return self._run.mean(batch)
+        return self._run.mean(batch, log=log)
 
     def members(self, *args: Any, **kwargs: Any) -> jax.Array:
-        """Return each member's probabilities, shape [members, batch, …]."""
+        """Return each member's own probabilities, shape [members, batch, …], without weights and temperature."""
         batch = partition((args, kwargs))
         self._check(batch)
         return self._run.each(batch)
 
-    def predict(self, batches: Iterable[Any] | jax.Array | NDArray[Any]) -> NDArray[Any]:
-        """Return the members' mean probabilities for all batches of a loader, as one NumPy array.
+    def predict(self, batches: Iterable[Any] | jax.Array | NDArray[Any], *, log: bool = False) -> NDArray[Any]:
+        """Return what a call gives for all batches of a loader, as one NumPy array.
 
         Arguments:
             batches: inputs x, or tuples or lists that begin with them, such as (x, y): what follows is not used. An
                 array is one batch.
+            log: return log-probabilities.
 
         Raises:
             DataError: there is no batch, or as for a call.
         """
         alone = isinstance(batches, jax.Array | np.ndarray)
-        return predict(lambda x: np.asarray(self(x)), [batches] if alone else batches)
+        return predict(lambda x: np.asarray(self(x, log=log)), [batches] if alone else batches)
+
+    def cascade(self, *args: Any, log: bool = False, return_used: bool = False, **kwargs: Any) -> Any:
+        """Return mean probabilities by the recipe's cascade: each member runs on the examples that are left.
+
+        Members are asked from the last to the first, and an example that is sure enough is asked no further; see
+        `snapcore.ensemble.fit_cascade`. Compiled once for a batch and its half, quarter, eighth and sixteenth: what is
+        left is filled up to these. That members differ is not checked, since that would ask them all.
+
+        Arguments:
+            *args: go to `apply_fn`. Of all arrays the first axis is the batch, also within trees.
+            log: return log-probabilities.
+            return_used: return also how many members each example used, a NumPy array of integers [batch].
+            **kwargs: go to `apply_fn`, as `args`.
+
+        Raises:
+            DataError: the recipe has no cascade, outputs are not [batch, classes] under softmax, arrays are of several
+                lengths, it is called inside `jax.jit`, or as for a call.
+        """
+        arrays, static = partition((args, kwargs))
+        if any(isinstance(array, Tracer) for array in (*arrays, *chain(*self._members))):
+            raise DataError("a cascade looks at values, and inside jax.jit there are none: call it outside")
+
+        def ask(index: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+            some = [array[rows] if array.ndim else array for array in arrays]
+            outputs = self._outputs(self._members[index], some, static)
+            self._unchecked = self._check_probabilities(outputs)
+            return np.asarray(self._activated(outputs, log=True))
+
+        shapes = [array.shape for array in arrays]
+        found, used = self._pooling.cascade(ask, shapes, bucketed=True, log=log)
+        return (jnp.asarray(found), used) if return_used else jnp.asarray(found)
 
     def tune(self, *args: Any, tolerance: float = TOLERANCE, rounds: int = ROUNDS, **kwargs: Any) -> TuningReport:
         """Measure every strategy on a batch, keep the fastest that gives what the loop gives, and return the report.
@@ -233,7 +305,7 @@ class SnapshotEnsemble:
 
         def run(name: str) -> jax.Array:
             if name not in made:
-                made[name] = STRATEGIES[name](self._member, self._members)
+                made[name] = STRATEGIES[name](self._member, self._members, self._pooling)
             return made[name].mean(batch).block_until_ready()
 
         report = tune(run, list(STRATEGIES), to_host=np.asarray, tolerance=tolerance, rounds=rounds)
@@ -245,14 +317,13 @@ class SnapshotEnsemble:
         returned = self._apply(self._static.combine(weights), *args, **kwargs)
         return jnp.asarray(pick(returned, self._output, lambda value: isinstance(value, jax.Array | np.ndarray)))
 
-    def _member(self, weights: Weights, batch: Batch) -> jax.Array:
-        outputs = self._outputs(weights, *batch)
+    def _member(self, weights: Weights, batch: Batch, log: bool) -> jax.Array:
+        return self._activated(self._outputs(weights, *batch), log=log)
+
+    def _activated(self, outputs: jax.Array, *, log: bool) -> jax.Array:
         outputs = outputs.astype(jnp.float32) if outputs.dtype in _HALF else outputs
-        if self._activation == "softmax":
-            return jax.nn.softmax(outputs, softmax_axis(outputs.shape, self._axis, classes_last=self._classes_last))
-        if self._activation == "sigmoid":
-            return jax.nn.sigmoid(outputs)
-        return self._activation(outputs) if callable(self._activation) else outputs
+        activated: jax.Array = self._pooling.activated(outputs, logs=log)
+        return activated
 
     def _check(self, batch: Batch) -> None:
         """Look at the outputs for the first batch: of a traced one, which has no values, at those for zeros."""
@@ -266,22 +337,28 @@ class SnapshotEnsemble:
                 arrays = [jnp.zeros(array.shape, array.dtype) for array in arrays]
             each = (self._outputs(weights, arrays, static) for weights in self._members)
             first = next(each)
-            if self._unchecked and jnp.issubdtype(first.dtype, jnp.floating):
-                axis = softmax_axis(first.shape, self._axis, classes_last=self._classes_last)
-                if are_probabilities(first.astype(jnp.float32), axis, half=first.dtype in _HALF):
-                    raise DataError(ALREADY_PROBABILITIES)
+            unchecked = self._check_probabilities(first)
             decided = True
             if self._undecided:
                 cure = "have apply_fn use the variables that it is given; or allow_equal=True"
                 decided = refuse_equal_members(chain([first], each), lambda: self._members, cure)
         self._zeros_passed = traced
         if not traced:
-            self._unchecked, self._undecided = self._unchecked and not first.size, not decided
+            self._unchecked, self._undecided = unchecked, not decided
+
+    def _check_probabilities(self, first: jax.Array) -> bool:
+        """Refuse outputs that already are probabilities, and return whether the next are to be looked at too."""
+        if self._unchecked and jnp.issubdtype(first.dtype, jnp.floating):
+            axis = softmax_axis(first.shape, self._pooling.axis, classes_last=self._pooling.classes_last)
+            if are_probabilities(first.astype(jnp.float32), axis, half=first.dtype in _HALF):
+                raise DataError(ALREADY_PROBABILITIES)
+        return self._unchecked and not first.size
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: nothing that was compiled."""
         members = [self._static.combine(weights) for weights in self._members]
-        return {"members": members, "apply_fn": self._apply, "strategy": self._strategy, **self._options}
+        own = {"members": members, "apply_fn": self._apply, "strategy": self._strategy, "recipe": self.recipe}
+        return {**own, **self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make the ensemble anew of what was pickled."""

@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from snapcore import DataError
+from snapcore.ensemble import Pooling
 
 
 class Static:
@@ -51,9 +52,9 @@ Weights = list[Any]
 """A member's arrays, in the order of its tree."""
 Batch = tuple[list[Any], Static]
 """The arguments of a call, partitioned."""
-Member = Callable[[Weights, Batch], jax.Array]
-"""Gives one member's probabilities."""
-Every = Callable[[Any, Batch], jax.Array]
+Member = Callable[[Weights, Batch, bool], jax.Array]
+"""Gives one member's probabilities, or where told so their logarithms."""
+Every = Callable[[Any, Batch, bool], jax.Array]
 """Gives every member's, the member axis first."""
 
 
@@ -63,18 +64,21 @@ class Strategy:
     Arguments:
         weights: the members' arrays, in the form that `every` takes them.
         every: gives all members' probabilities.
+        pooling: makes one prediction of them.
         where: which devices it runs on: the batch is put there, and what comes out is put on this process's first.
     """
 
-    def __init__(self, weights: Any, every: Every, where: NamedSharding | None = None) -> None:
-        def each(weights: Any, arrays: list[Any], static: Static) -> jax.Array:
-            return every(weights, (arrays, static))
+    def __init__(self, weights: Any, every: Every, pooling: Pooling, where: NamedSharding | None = None) -> None:
+        def each(weights: Any, arrays: list[Any], static: Static, log: bool) -> jax.Array:
+            return every(weights, (arrays, static), log)
 
-        def mean(weights: Any, arrays: list[Any], static: Static) -> jax.Array:
-            return every(weights, (arrays, static)).mean(0)
+        def mean(weights: Any, arrays: list[Any], static: Static, log: bool) -> jax.Array:
+            stack = every(weights, (arrays, static), pooling.in_logs(log))
+            pooled: jax.Array = pooling.pooled_stack(stack, log=log)
+            return pooled
 
         self._weights, self._where = weights, where
-        self._mean, self._each = jax.jit(mean, static_argnums=2), jax.jit(each, static_argnums=2)
+        self._mean, self._each = jax.jit(mean, static_argnums=(2, 3)), jax.jit(each, static_argnums=(2, 3))
 
     def over(self, weights: Any) -> "Strategy":
         """Return the same, compiled once for both, of other weights in the same form."""
@@ -82,48 +86,48 @@ class Strategy:
         other._weights = weights
         return other
 
-    def mean(self, batch: Batch) -> jax.Array:
+    def mean(self, batch: Batch, *, log: bool = False) -> jax.Array:
         """Return the mean probabilities."""
-        return self._run(self._mean, batch)
+        return self._run(self._mean, batch, log)
 
     def each(self, batch: Batch) -> jax.Array:
         """Return every member's probabilities, the member axis first."""
-        return self._run(self._each, batch)
+        return self._run(self._each, batch, False)
 
-    def _run(self, compiled: Callable[..., jax.Array], batch: Batch) -> jax.Array:
+    def _run(self, compiled: Callable[..., jax.Array], batch: Batch, log: bool) -> jax.Array:
         arrays, static = batch
         if self._where is None:
-            return compiled(self._weights, arrays, static)
-        found = compiled(self._weights, jax.device_put(arrays, self._where), static)
+            return compiled(self._weights, arrays, static, log)
+        found = compiled(self._weights, jax.device_put(arrays, self._where), static, log)
         first: jax.Array = jax.device_put(found, jax.local_devices()[0])
         return first
 
 
-def loop(member: Member, members: Sequence[Weights]) -> Strategy:
+def loop(member: Member, members: Sequence[Weights], pooling: Pooling) -> Strategy:
     """Run one member after the other, in one compiled function."""
 
-    def every(members: Sequence[Weights], batch: Batch) -> jax.Array:
-        return jnp.stack([member(weights, batch) for weights in members])
+    def every(members: Sequence[Weights], batch: Batch, log: bool) -> jax.Array:
+        return jnp.stack([member(weights, batch, log) for weights in members])
 
-    return Strategy(tuple(members), every)
+    return Strategy(tuple(members), every, pooling)
 
 
-def stacked(member: Member, members: Sequence[Weights]) -> Strategy:
+def stacked(member: Member, members: Sequence[Weights], pooling: Pooling) -> Strategy:
     """Run all members at once: their arrays stacked, the function vectorised over them (`jax.vmap`)."""
-    return Strategy(_stacks(members), _vectorised(member))
+    return Strategy(_stacks(members), _vectorised(member), pooling)
 
 
-def mapped(member: Member, members: Sequence[Weights]) -> Strategy:
+def mapped(member: Member, members: Sequence[Weights], pooling: Pooling) -> Strategy:
     """Run one member at a time, compiled for one (`jax.lax.map`): the least to compile, and the least memory."""
 
-    def every(weights: Weights, batch: Batch) -> jax.Array:
-        found: jax.Array = lax.map(lambda each: member(each, batch), weights)
+    def every(weights: Weights, batch: Batch, log: bool) -> jax.Array:
+        found: jax.Array = lax.map(lambda each: member(each, batch, log), weights)
         return found
 
-    return Strategy(_stacks(members), every)
+    return Strategy(_stacks(members), every, pooling)
 
 
-def sharded(member: Member, members: Sequence[Weights]) -> Strategy:
+def sharded(member: Member, members: Sequence[Weights], pooling: Pooling) -> Strategy:
     """Run the members spread evenly over this process's devices; the batch goes to all of them.
 
     Raises:
@@ -138,11 +142,11 @@ def sharded(member: Member, members: Sequence[Weights]) -> Strategy:
         )
     mesh, spread = Mesh(np.array(devices[:count]), ("members",)), PartitionSpec("members")
 
-    def every(weights: Weights, batch: Batch) -> jax.Array:
+    def every(weights: Weights, batch: Batch, log: bool) -> jax.Array:
         arrays, static = batch
         local = _vectorised(member)
         run: Callable[..., jax.Array] = jax.shard_map(
-            lambda weights, arrays: local(weights, (arrays, static)),
+            lambda weights, arrays: local(weights, (arrays, static), log),
             mesh=mesh,
             in_specs=(spread, PartitionSpec()),
             out_specs=spread,
@@ -150,10 +154,10 @@ def sharded(member: Member, members: Sequence[Weights]) -> Strategy:
         return run(weights, arrays)
 
     weights = jax.device_put(_stacks(members), NamedSharding(mesh, spread))
-    return Strategy(weights, every, NamedSharding(mesh, PartitionSpec()))
+    return Strategy(weights, every, pooling, NamedSharding(mesh, PartitionSpec()))
 
 
-STRATEGIES: dict[str, Callable[[Member, Sequence[Weights]], Strategy]] = {
+STRATEGIES: dict[str, Callable[[Member, Sequence[Weights], Pooling], Strategy]] = {
     "loop": loop,
     "stacked": stacked,
     "map": mapped,
@@ -162,8 +166,8 @@ STRATEGIES: dict[str, Callable[[Member, Sequence[Weights]], Strategy]] = {
 
 
 def _vectorised(member: Member) -> Every:
-    def every(weights: Weights, batch: Batch) -> jax.Array:
-        found: jax.Array = jax.vmap(lambda each: member(each, batch))(weights)
+    def every(weights: Weights, batch: Batch, log: bool) -> jax.Array:
+        found: jax.Array = jax.vmap(lambda each: member(each, batch, log))(weights)
         return found
 
     return every

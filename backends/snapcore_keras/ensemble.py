@@ -1,6 +1,7 @@
 """Several members, one model: the mean of their probabilities."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import keras
@@ -14,22 +15,27 @@ from snapcore.ensemble import (
     TOLERANCE,
     Directory,
     Output,
+    Recipe,
     TuningReport,
+    as_recipe,
     check_members,
     check_strategy,
-    member_files,
+    checked_recipe,
     predict,
+    recipe_files,
     refuse_like,
     refuse_mapped,
     tune,
 )
 from snapcore.store import map_tensors
 from snapcore_keras.activations import Activation, resolved
-from snapcore_keras.first_batch import OutputCheck, is_symbolic
+from snapcore_keras.first_batch import OutputCheck, is_symbolic, on_host
 from snapcore_keras.layer import MeanOfMembers
 from snapcore_keras.members import fitted_weights
 from snapcore_keras.state import fitted, named_weights
 from snapcore_keras.strategies import Forward, Loop, Stacked, Strategy, Weights
+
+_NO_VALUES = "a cascade looks at values, and in a graph or trace there are none: call it outside"
 
 
 class SnapshotEnsemble:
@@ -39,10 +45,14 @@ class SnapshotEnsemble:
     `SnapshotEnsemble.load`. What runs them is the model itself, called in a `keras.StatelessScope` with each member's
     weights instead of its own: so it is not changed, and may be trained on; nor is what it would assign kept.
 
-    Calling it gives mean probabilities, in the shape of the outputs; `members(…)` gives each member's, with the member
-    axis first; `predict(…)` gives the mean for any number of examples in NumPy, compiled by Keras. It has a length, and
-    yields each member as an ensemble of one. `functional()` is a model to save or export. `tune(…)` measures the
-    strategies on a batch and keeps the fastest. It pickles, if the model does.
+    Calling it gives mean probabilities, in the shape of the outputs, or with `log=True` their logarithms; `members(…)`
+    gives each member's, with the member axis first; `predict(…)` gives the mean for any number of examples in NumPy,
+    compiled by Keras; `cascade(…)` asks each member only for the examples that need it. It has a length, and yields
+    each member as an ensemble of one. `functional()` is a model to save or export. `tune(…)` measures the strategies on
+    a batch and keeps the fastest. It pickles, if the model does.
+
+    With a recipe the mean is weighted, and what is pooled is brought to the recipe's temperature T: softmax(ln h / T)
+    over the classes, or sigmoid(logit h / T) for each label.
 
     Arguments:
         members: each member's weights, arrays in the order of `model.weights`, as `model.get_weights()` gives them.
@@ -59,6 +69,8 @@ class SnapshotEnsemble:
         strategy: `"loop"`, one member after the other; or `"stacked"`, all in one vectorised call, which needs the
             weights a second time, and Keras to run on JAX or PyTorch.
         allow_equal: whether members whose weights differ may give equal outputs for the first batch.
+        recipe: the members' weights, as many as there are members, and the temperature. `"identity"`, also where
+            `"auto"` finds it, takes a temperature for one of classes.
 
     Raises:
         StoreError: there are no members.
@@ -95,11 +107,15 @@ class SnapshotEnsemble:
         output: Output | None = None,
         strategy: str = "loop",
         allow_equal: bool = False,
+        recipe: Recipe | Directory | None = None,
     ) -> None:
         check_strategy(strategy, self._strategies)
         _check_model(model)
         activation, self._check_outputs = resolved(activation, model, axis, output)
-        layer = MeanOfMembers(model, _fitting(members, model), activation=activation, axis=axis, output=output)
+        used = None if recipe is None else as_recipe(recipe)
+        given = _fitting(members, model)
+        layer = MeanOfMembers(model, given, activation=activation, axis=axis, output=output, recipe=used)
+        checked_recipe(used, len(layer.members))
         self._allow_equal = allow_equal
         self._hold(layer, strategy)
 
@@ -118,6 +134,7 @@ class SnapshotEnsemble:
         strategy: str = "loop",
         mapped: bool = False,
         allow_equal: bool = False,
+        recipe: Recipe | Directory | None = None,
     ) -> Self:
         """Load the members of one run, or of several.
 
@@ -134,18 +151,20 @@ class SnapshotEnsemble:
             strategy: how the members are run, see `SnapshotEnsemble`.
             mapped: left out; it is for PyTorch. Keras copies weights to its devices.
             allow_equal: whether members whose weights differ may give equal outputs for the first batch.
+            recipe: or the path of its file: says which members are used, with which weights, at which temperature, and
+                when a cascade stops. `last` and `members` are left out then; members without a weight are not loaded.
 
         Raises:
-            StoreError: a directory holds no run, or not the members asked for.
+            StoreError: a directory holds no run, or not the members asked for; or there is no such recipe.
             CorruptSnapshotError: a file is not what was written.
-            DataError: a member's positions and shapes are not the model's, it was written by another framework, or an
-                argument is unknown.
+            DataError: a member's positions and shapes are not the model's, it was written by another framework, the
+                recipe is for other members, or an argument is unknown.
         """
         check_strategy(strategy, cls._strategies)
         refuse_like(like)
         refuse_mapped(mapped)
         _check_model(model)
-        files = member_files(directories, framework=cls._frameworks, last=last, members=members)
+        files, used = recipe_files(directories, recipe, framework=cls._frameworks, last=last, members=members)
         return cls(
             [fitted_weights(model, map_tensors(file), str(file)) for file in files],
             model,
@@ -154,12 +173,18 @@ class SnapshotEnsemble:
             output=output,
             strategy=strategy,
             allow_equal=allow_equal,
+            recipe=used,
         )
 
     @property
     def strategy(self) -> str:
         """How the members are run."""
         return self._strategy
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """How members are weighted, for these members alone; None where they are equal."""
+        return self._layer.run_one.pooling.recipe
 
     def __len__(self) -> int:
         """Return how many members there are."""
@@ -175,27 +200,72 @@ class SnapshotEnsemble:
             member._hold(layer, "loop")
             yield member
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the members' mean probabilities, a tensor of Keras' backend.
+    def __call__(self, *args: Any, log: bool = False, **kwargs: Any) -> Any:
+        """Return the members' mean probabilities, weighted and tempered by the recipe; a tensor of Keras' backend.
 
         Arguments:
             *args: go to the model. Given a `keras.Input`, this is a layer of the model that is being built.
-            **kwargs: the same; `training` is always False.
+            log: return log-probabilities, exact where probabilities underflow.
+            **kwargs: go to the model; `training` is always False.
 
         Raises:
             DataError: the first batch's outputs are not what the activation takes them for, or the strategy cannot run
                 the model.
         """
         self._check(args, kwargs)
-        return self._layer(*args, **kwargs) if is_symbolic((args, kwargs)) else self._run.mean(args, kwargs)
+        if is_symbolic((args, kwargs)):
+            return self._layer(*args, **kwargs, **_said(log))
+        return self._run.mean(args, kwargs, log=log)
 
     def members(self, *args: Any, **kwargs: Any) -> Any:
-        """Return each member's probabilities, shape [members, batch, …]."""
+        """Return each member's own probabilities, shape [members, batch, …], without weights and temperature."""
         self._check(args, kwargs)
         return self._run.each(args, kwargs)
 
-    def predict(self, x: Any, batch_size: int = 32) -> NDArray[Any]:
-        """Return the members' mean probabilities for any number of examples, by Keras' compiled `predict`.
+    def cascade(self, *args: Any, log: bool = False, return_used: bool = False, **kwargs: Any) -> Any:
+        """Return mean probabilities by the recipe's cascade: each member runs on the examples that are left.
+
+        Members are asked from the last to the first, and an example that is sure enough is asked no further; see
+        `snapcore.ensemble.fit_cascade`. What is left is filled up to the batch or its half, quarter, eighth or
+        sixteenth, so that a compiler sees five shapes at most. That members differ is not checked, since that would ask
+        them all.
+
+        Arguments:
+            *args: go to the model. Of all arrays the first axis is the batch, also within lists and dicts.
+            log: return log-probabilities.
+            return_used: return also how many members each example used, a NumPy array of integers [batch].
+            **kwargs: go to the model, as `args`; `training` is always False.
+
+        Raises:
+            DataError: the recipe has no cascade, outputs are not [batch, classes] under softmax, arrays are of several
+                lengths, there are no values (in a graph or trace), or as for a call.
+        """
+        one, members = self._layer.run_one, self._layer.members
+        arrays = [leaf for leaf in keras.tree.flatten((args, kwargs)) if hasattr(leaf, "shape")]
+
+        def ask(index: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+            def take(leaf: Any) -> Any:
+                if not getattr(leaf, "shape", ()):
+                    return leaf
+                return leaf[rows] if isinstance(leaf, np.ndarray) else ops.take(leaf, rows, axis=0)
+
+            some, named = keras.tree.map_structure(take, (args, kwargs))
+            outputs = self._outputs([ops.convert_to_tensor(weight) for weight in members[index]], some, named)
+            values = on_host(outputs)
+            if values is None:
+                raise DataError(_NO_VALUES)
+            self._check.first_outputs(values)
+            return np.asarray(ops.convert_to_numpy(one.activated(outputs, logs=True)))
+
+        if is_symbolic((args, kwargs)):
+            raise DataError(_NO_VALUES)
+        shapes = [tuple(array.shape) for array in arrays]
+        found, used = one.pooling.cascade(ask, shapes, bucketed=True, log=log)
+        result = ops.convert_to_tensor(found)
+        return (result, used) if return_used else result
+
+    def predict(self, x: Any, batch_size: int = 32, *, log: bool = False) -> NDArray[Any]:
+        """Return what a call gives for any number of examples, by Keras' compiled `predict`.
 
         The strategy plays no part in it: it is the model that `functional` gives.
 
@@ -204,21 +274,23 @@ class SnapshotEnsemble:
                 `tf.data.Dataset`, a `keras.utils.PyDataset`, a `DataLoader`, or any iterable of inputs x, or of tuples
                 or lists that begin with them, such as (x, y): what follows is not used.
             batch_size: how many examples of arrays to run at once, 1 or more.
+            log: return log-probabilities.
 
         Raises:
             DataError: there are no examples, or as for a call.
         """
+        run = partial(self._predict_batch, log=log)
         if isinstance(x, keras.utils.PyDataset):
-            return predict(self._predict_batch, (x[position] for position in range(x.num_batches)))
+            return predict(run, (x[position] for position in range(x.num_batches)))
         if not self._are_inputs(x):
             if not isinstance(x, Iterable):
                 raise DataError(f"predict needs arrays or an iterable of batches, got {type(x).__name__}")
-            return predict(self._predict_batch, x)
-        model = self._compiled(x, keras.tree.map_structure(lambda array: array[:batch_size], x))
+            return predict(run, x)
+        model = self._compiled(x, keras.tree.map_structure(lambda array: array[:batch_size], x), log=log)
         return np.asarray(model.predict(x, batch_size=batch_size, verbose=0))
 
-    def functional(self, x: Any = None) -> Any:
-        """Return a functional model whose outputs are the mean probabilities, to `save`, `export` or build on.
+    def functional(self, x: Any = None, *, log: bool = False) -> Any:
+        """Return a functional model whose outputs are what a call gives, to `save`, `export` or build on.
 
         It shares the members' weights with the ensemble, and runs them one after the other. To be saved as `.keras`,
         a model of a class of your own must be registered with Keras; to be exported it need not be. Keras exports a
@@ -226,6 +298,7 @@ class SnapshotEnsemble:
 
         Arguments:
             x: one batch, for a model that does not say what its inputs are, such as one of a class of your own.
+            log: have it return log-probabilities.
 
         Raises:
             DataError: neither the model nor `x` says what the inputs are, or the outputs of `x`, without it of a batch
@@ -233,7 +306,7 @@ class SnapshotEnsemble:
         """
         inputs = _inputs(self._layer.run_one.model, x)
         self._check((inputs if x is None else x,), {})
-        return keras.Model(inputs, self._layer(inputs), name="snapshot_ensemble")
+        return keras.Model(inputs, self._layer(inputs, **_said(log)), name="snapshot_ensemble")
 
     def tune(self, *args: Any, tolerance: float = TOLERANCE, rounds: int = ROUNDS, **kwargs: Any) -> TuningReport:
         """Measure every strategy on a batch, keep the fastest that gives what the loop gives, and return the report.
@@ -268,6 +341,7 @@ class SnapshotEnsemble:
             "output": one.output,
             "strategy": self._strategy,
             "allow_equal": self._allow_equal,
+            "recipe": self.recipe,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -278,8 +352,14 @@ class SnapshotEnsemble:
         check_members(layer.members)
         self._layer, self._strategy = layer, strategy
         self._run = self._strategies[strategy](layer.run_one, layer.members)
+        self._outputs = self._compile(layer.run_one.outputs)
         self._check = OutputCheck(layer.run_one, layer.members, self._check_outputs, allow_equal=self._allow_equal)
         self._predicting: dict[str, Any] = {}
+
+    @staticmethod
+    def _compile(run: Callable[..., Any]) -> Any:
+        """Return what a cascade runs members by."""
+        return run
 
     def _are_inputs(self, x: Any) -> bool:
         """Return whether something is a model's inputs, all examples in one, and no iterable of batches."""
@@ -288,19 +368,24 @@ class SnapshotEnsemble:
         inputs = getattr(self._layer.run_one.model, "inputs", None)
         return all(hasattr(each, "shape") for each in x) and (inputs is None or len(inputs) == len(x) > 1)
 
-    def _predict_batch(self, x: Any) -> NDArray[Any]:
-        return np.asarray(ops.convert_to_numpy(self._compiled(x, x).predict_on_batch(x)))
+    def _predict_batch(self, x: Any, *, log: bool) -> NDArray[Any]:
+        return np.asarray(ops.convert_to_numpy(self._compiled(x, x, log=log).predict_on_batch(x)))
 
-    def _compiled(self, x: Any, batch: Any) -> Any:
+    def _compiled(self, x: Any, batch: Any, *, log: bool) -> Any:
         """Return the model that `functional` gives, made once for each shape and type of examples."""
         kinds = [(tuple(array.shape), str(array.dtype)) for array in keras.tree.flatten(x)]
         if not all(shape[0] for shape, _ in kinds):
             raise DataError(f"predict needs at least one example, got x of shape {[shape for shape, _ in kinds]}")
         self._check((batch,), {})
-        kind = repr([(shape[1:], dtype) for shape, dtype in kinds])
+        kind = repr(([(shape[1:], dtype) for shape, dtype in kinds], log))
         if kind not in self._predicting:
-            self._predicting[kind] = self.functional(x)
+            self._predicting[kind] = self.functional(x, log=log)
         return self._predicting[kind]
+
+
+def _said(log: bool) -> dict[str, bool]:
+    """Return what the layer is told; nothing where that is its default, which a saved model need not hold."""
+    return {"log": True} if log else {}
 
 
 def _check_model(model: Any) -> None:

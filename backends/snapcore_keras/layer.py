@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from snapcore import DataError
-from snapcore.ensemble import Output
+from snapcore.ensemble import Output, Recipe
 from snapcore_keras.activations import Activation
 from snapcore_keras.state import named_weights
 from snapcore_keras.strategies import Forward, Loop
@@ -27,6 +27,7 @@ class MeanOfMembers(keras.layers.Layer):  # type: ignore[misc]  # Keras has no t
         activation: `"softmax"`, `"sigmoid"`, `"identity"` or a callable.
         axis: of the classes, for softmax.
         output: picks the tensor when the model returns something else.
+        recipe: the members' weights and the temperature of their mean.
     """
 
     def __init__(
@@ -37,20 +38,21 @@ class MeanOfMembers(keras.layers.Layer):  # type: ignore[misc]  # Keras has no t
         activation: str | Activation = "softmax",
         axis: int | None = None,
         output: Output | None = None,
+        recipe: Recipe | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**{"trainable": False, "autocast": False, "dtype": "float32", **options})
         named_weights(model)
-        self.run_one = Forward(model, activation, axis, output)
+        self.run_one = Forward(model, activation, axis, output, recipe)
         # No weights, but what a model needs besides them: tracked here, they are saved and exported with it.
         self.vocabularies = [layer for layer in model._flatten_layers() if hasattr(layer, "save_assets")]
         arrays = [[None] * len(self.run_one.variables)] * members if isinstance(members, int) else members
         self.members = tuple(self._held(number, each) for number, each in enumerate(arrays))
         self.built = True
 
-    def call(self, inputs: Any) -> Any:
-        """Return the members' mean probabilities."""
-        return Loop(self.run_one, self.members).mean((inputs,), {})
+    def call(self, inputs: Any, log: bool = False) -> Any:
+        """Return the members' mean probabilities, or their logarithms."""
+        return Loop(self.run_one, self.members).mean((inputs,), {}, log=log)
 
     def get_config(self) -> dict[str, Any]:
         """Return what the layer is made again of, without the weights.
@@ -67,7 +69,8 @@ class MeanOfMembers(keras.layers.Layer):  # type: ignore[misc]  # Keras has no t
         model.pop("compile_config", None)  # a loss and an optimizer, which members have no use for
         activation, output = map(keras.saving.serialize_keras_object, (self.run_one.activation, self.run_one.output))
         own = {"model": model, "members": len(self.members), "activation": activation, "output": output}
-        own["axis"] = self.run_one.axis
+        own["axis"], recipe = self.run_one.axis, self.run_one.pooling.recipe
+        own["recipe"] = recipe and {"weights": list(recipe.weights), "temperature": recipe.temperature}
         return {**super().get_config(), **own}
 
     @classmethod
@@ -76,7 +79,8 @@ class MeanOfMembers(keras.layers.Layer):  # type: ignore[misc]  # Keras has no t
         parts = {
             name: keras.saving.deserialize_keras_object(config[name]) for name in ("model", "activation", "output")
         }
-        return cls(**{**config, **parts})
+        recipe = config.get("recipe")
+        return cls(**{**config, **parts, "recipe": recipe and Recipe(**recipe)})
 
     def _held(self, member: int, arrays: Sequence[Any]) -> tuple[Any, ...]:
         pairs = enumerate(zip(self.run_one.variables, arrays, strict=True))

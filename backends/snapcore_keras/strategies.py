@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from snapcore import DataError
-from snapcore.ensemble import Output, pick, reason, softmax_axis
+from snapcore.ensemble import Output, Pooling, Recipe, pick, reason
 from snapcore_keras.activations import Activation, classes_last
 
 Weights = Sequence[Any]
@@ -22,7 +22,7 @@ _VECTORISING = ("jax", "torch")
 class Strategy(Protocol):
     """All members on one batch."""
 
-    def mean(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def mean(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, log: bool = False) -> Any:
         """Return the members' mean probabilities."""
 
     def each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -37,24 +37,31 @@ class Forward:
         activation: from outputs to probabilities: a name or a callable.
         axis: of the classes, for softmax.
         output: picks the tensor when the model returns something else.
+        recipe: how members are pooled.
     """
 
-    def __init__(self, model: Any, activation: str | Activation, axis: int | None, output: Output | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        activation: str | Activation,
+        axis: int | None,
+        output: Output | None,
+        recipe: Recipe | None = None,
+    ) -> None:
         self.model, self.activation, self.axis, self.output = model, activation, axis, output
+        self.pooling = Pooling(ops, activation, axis, classes_last=classes_last(), recipe=recipe)
         self.variables = list(model.weights)
         layers = model._flatten_layers()
         self._derived = [layer for layer in layers if hasattr(layer, "finalize_state") and layer.weights]
 
-    def __call__(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return one member's probabilities."""
-        outputs = self.outputs(weights, args, kwargs)
+    def __call__(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any], *, logs: bool = False) -> Any:
+        """Return one member's probabilities, or their logarithms."""
+        return self.activated(self.outputs(weights, args, kwargs), logs=logs)
+
+    def activated(self, outputs: Any, *, logs: bool = False) -> Any:
+        """Return the probabilities, or their logarithms, of one member's outputs."""
         half = keras.backend.standardize_dtype(outputs.dtype) in _HALF
-        outputs = ops.cast(outputs, "float32") if half else outputs
-        if self.activation == "softmax":
-            return ops.softmax(outputs, softmax_axis(outputs.shape, self.axis, classes_last=classes_last()))
-        if self.activation == "sigmoid":
-            return ops.sigmoid(outputs)
-        return self.activation(outputs) if callable(self.activation) else outputs
+        return self.pooling.activated(ops.cast(outputs, "float32") if half else outputs, logs=logs)
 
     def outputs(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return one member's outputs.
@@ -92,20 +99,17 @@ class Loop:
     def __init__(self, forward: Forward, members: Sequence[Weights]) -> None:
         self._forward, self._members = forward, members
 
-    def mean(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the members' mean probabilities."""
-        each = self._each(args, kwargs)
-        total = next(each)
-        for probabilities in each:
-            total = total + probabilities
-        return total / len(self._members)
+    def mean(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, log: bool = False) -> Any:
+        """Return the members' mean probabilities, or their logarithms."""
+        pooling = self._forward.pooling
+        return pooling.pooled(self._each(args, kwargs, logs=pooling.in_logs(log)), log=log)
 
     def each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return each member's probabilities, the member axis first."""
-        return ops.stack(list(self._each(args, kwargs)))
+        return ops.stack(list(self._each(args, kwargs, logs=False)))
 
-    def _each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-        return (self._forward(weights, args, kwargs) for weights in self._members)
+    def _each(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, logs: bool) -> Iterator[Any]:
+        return (self._forward(weights, args, kwargs, logs=logs) for weights in self._members)
 
 
 class Stacked:
@@ -131,18 +135,23 @@ class Stacked:
             ops.stack([ops.convert_to_tensor(each) for each in same]) for same in zip(*members, strict=True)
         ]
 
-    def mean(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the members' mean probabilities."""
-        return ops.mean(self.each(args, kwargs), axis=0)
+    def mean(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, log: bool = False) -> Any:
+        """Return the members' mean probabilities, or their logarithms."""
+        pooling = self._forward.pooling
+        return pooling.pooled_stack(self._every(args, kwargs, logs=pooling.in_logs(log)), log=log)
 
     def each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return each member's probabilities, the member axis first.
+        """Return each member's probabilities, the member axis first."""
+        return self._every(args, kwargs, logs=False)
+
+    def _every(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, logs: bool) -> Any:
+        """Return what each member gives.
 
         Raises:
             DataError: the model does something that cannot be vectorised; what fails one by one too, by its own error.
         """
         try:
-            return ops.vectorized_map(lambda weights: self._forward(weights, args, kwargs), self._stacks)
+            return ops.vectorized_map(lambda weights: self._forward(weights, args, kwargs, logs=logs), self._stacks)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # the last is what Keras makes of JAX's
             failed = error
         self._forward(self._first, args, kwargs)  # where one member fails too, it is not for being stacked

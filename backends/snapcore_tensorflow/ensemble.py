@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import tensorflow as tf
 
 from snapcore import DataError
-from snapcore.ensemble import Directory, Output, reason
+from snapcore.ensemble import Directory, Output, Recipe, reason
 from snapcore_keras.activations import Activation
 from snapcore_keras.ensemble import SnapshotEnsemble as _KerasEnsemble
 from snapcore_keras.strategies import Forward, Loop, Strategy, Weights
@@ -26,11 +26,12 @@ class _Graph:
         loop = Loop(forward, members)
         self._name, self._xla = forward.model.name, xla
         self._mean = tf.function(loop.mean, jit_compile=xla)
+        self._log_mean = tf.function(partial(loop.mean, log=True), jit_compile=xla)
         self._each = tf.function(loop.each, jit_compile=xla)
 
-    def mean(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the members' mean probabilities."""
-        return self._call(self._mean, args, kwargs)
+    def mean(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, log: bool = False) -> Any:
+        """Return the members' mean probabilities, or their logarithms."""
+        return self._call(self._log_mean if log else self._mean, args, kwargs)
 
     def each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return each member's probabilities, the member axis first."""
@@ -61,6 +62,8 @@ class SnapshotEnsemble(_KerasEnsemble):
             position such as `0`, or a function.
         strategy: `"loop"`, one member after the other in one graph; or `"xla"`, the same compiled by XLA.
         allow_equal: whether members whose weights differ may give equal outputs for the first batch.
+        recipe: the members' weights, as many as there are members, and the temperature. `"identity"` takes a
+            temperature for one of classes.
 
     Raises:
         StoreError: there are no members.
@@ -92,6 +95,7 @@ class SnapshotEnsemble(_KerasEnsemble):
         output: Output | None = None,
         strategy: str = "loop",
         allow_equal: bool = False,
+        recipe: Recipe | Directory | None = None,
     ) -> None:
         super().__init__(
             members,
@@ -101,6 +105,7 @@ class SnapshotEnsemble(_KerasEnsemble):
             output=output,
             strategy=strategy,
             allow_equal=allow_equal,
+            recipe=recipe,
         )
 
     @classmethod
@@ -118,6 +123,7 @@ class SnapshotEnsemble(_KerasEnsemble):
         strategy: str = "loop",
         mapped: bool = False,
         allow_equal: bool = False,
+        recipe: Recipe | Directory | None = None,
     ) -> Self:
         """Load the members of one run, or of several.
 
@@ -133,12 +139,14 @@ class SnapshotEnsemble(_KerasEnsemble):
             strategy: how the members are run, see `SnapshotEnsemble`.
             mapped: left out; it is for PyTorch. Keras copies weights to its devices.
             allow_equal: whether members whose weights differ may give equal outputs for the first batch.
+            recipe: or the path of its file: says which members are used, with which weights, at which temperature, and
+                when a cascade stops. `last` and `members` are left out then; members without a weight are not loaded.
 
         Raises:
-            StoreError: a directory holds no run, or not the members asked for.
+            StoreError: a directory holds no run, or not the members asked for; or there is no such recipe.
             CorruptSnapshotError: a file is not what was written.
-            DataError: a member's positions and shapes are not the model's, it was written by another framework, or an
-                argument is unknown.
+            DataError: a member's positions and shapes are not the model's, it was written by another framework, the
+                recipe is for other members, or an argument is unknown.
         """
         return super().load(
             directories,
@@ -152,4 +160,9 @@ class SnapshotEnsemble(_KerasEnsemble):
             strategy=strategy,
             mapped=mapped,
             allow_equal=allow_equal,
+            recipe=recipe,
         )
+
+    @staticmethod
+    def _compile(run: Callable[..., Any]) -> Any:
+        return tf.function(run)

@@ -1,6 +1,7 @@
 """Several members, one module: the mean of their probabilities."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain, tee
 from typing import Any, Self
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from snapcore import DataError
 from snapcore.ensemble import (
@@ -16,15 +18,18 @@ from snapcore.ensemble import (
     TOLERANCE,
     Directory,
     Output,
+    Pooling,
+    Recipe,
     TuningReport,
     are_probabilities,
     check_activation,
     check_members,
     check_strategy,
+    checked_recipe,
     deviation,
-    member_files,
     pick,
     predict,
+    recipe_files,
     refuse_equal_members,
     refuse_like,
     softmax_axis,
@@ -41,15 +46,36 @@ _ROUNDING = 1e-3
 """What two orders of the same sums may differ by; a strategy that goes wrong is off by much more."""
 
 
+class _Operations:
+    """Those that members are pooled with; a class, so that an ensemble which refers to it pickles."""
+
+    softmax = staticmethod(torch.softmax)
+    log_softmax = staticmethod(torch.log_softmax)
+    sigmoid = staticmethod(torch.sigmoid)
+    log_sigmoid = staticmethod(logsigmoid)
+    exp = staticmethod(torch.exp)
+    log = staticmethod(torch.log)
+    expm1 = staticmethod(torch.expm1)
+    where = staticmethod(torch.where)
+    maximum = staticmethod(torch.clamp_min)
+    minimum = staticmethod(torch.clamp_max)
+    mean = staticmethod(torch.mean)
+    stop_gradient = staticmethod(torch.detach)
+
+
 class SnapshotEnsemble(nn.Module):
     """Average the members' probabilities: h(x) = 1/m · Σ softmax of each of the last m members.
 
     A module in evaluation mode; batch normalisation uses each member's own statistics. Members are loaded with
     `SnapshotEnsemble.load`, which neither changes nor keeps the model it is given.
 
-    Calling it gives mean probabilities, in the shape of the model's outputs; `members(…)` gives each member's, with the
-    member axis first; `predict(…)` gives the mean for all of a loader. It has a length, and yields each member as an
+    Calling it gives mean probabilities, in the shape of the model's outputs, or with `log=True` their logarithms;
+    `members(…)` gives each member's, with the member axis first; `predict(…)` gives the mean for all of a loader;
+    `cascade(…)` asks each member only for the examples that need it. It has a length, and yields each member as an
     ensemble of one. `tune(…)` measures the strategies on a batch and keeps the fastest.
+
+    With a recipe the mean is weighted, and what is pooled is brought to the recipe's temperature T: softmax(ln h / T)
+    over the classes, or sigmoid(logit h / T) for each label.
 
     Arguments:
         members: modules of the same inputs and outputs. `SnapshotEnsemble.load` reads them from runs.
@@ -58,6 +84,7 @@ class SnapshotEnsemble(nn.Module):
         output: picks the tensor.
         strategy: how the members are run.
         allow_equal: whether members whose weights differ may give equal outputs.
+        recipe: the members' weights, as many as there are members, and the temperature.
 
     Example:
         >>> import tempfile, torch
@@ -86,13 +113,16 @@ class SnapshotEnsemble(nn.Module):
         output: Output | None = None,
         strategy: str = "loop",
         allow_equal: bool = False,
+        recipe: Recipe | Directory | None = None,
     ) -> None:
         super().__init__()
         self.models = nn.ModuleList(members).requires_grad_(False)
         check_members(self.models)
         check_activation(activation)
         check_strategy(strategy, STRATEGIES)
-        self._activation, self._axis, self._output = activation, axis, output
+        found = checked_recipe(recipe, len(self.models))
+        self._pooling = Pooling(_Operations(), activation, axis, classes_last=False, recipe=found)
+        self._output = output
         self._allow_equal, self._unchecked, self._undecided = allow_equal, activation == "softmax", not allow_equal
         self._stacked: Stacked | None = None
         self._strategy = strategy
@@ -114,6 +144,7 @@ class SnapshotEnsemble(nn.Module):
         strategy: str = "loop",
         mapped: bool = False,
         allow_equal: bool = False,
+        recipe: Recipe | Directory | None = None,
     ) -> Self:
         """Load the members of one run, or of several, into modules of their own.
 
@@ -134,16 +165,20 @@ class SnapshotEnsemble(nn.Module):
             mapped: whether weights on the CPU stay in their files, in the files' dtypes, instead of being copied: for
                 models that are too large for that. What changes a file in place then changes the ensemble.
             allow_equal: whether members whose weights differ may give equal outputs for the first batch.
+            recipe: or the path of its file: says which members are used, with which weights, at which temperature, and
+                when a cascade stops. `last` and `members` are left out then; members without a weight are not loaded.
+                Weights and temperature are all that a call needs; `activation="identity"` takes a temperature for one
+                of classes.
 
         Raises:
-            StoreError: a directory holds no run, or not the members asked for.
+            StoreError: a directory holds no run, or not the members asked for; or there is no such recipe.
             CorruptSnapshotError: a file is not what was written.
             DataError: a member's names and shapes are not the model's, the model cannot be copied so that it runs the
-                members' weights, or an argument is unknown.
+                members' weights, the recipe is for other members, or an argument is unknown.
         """
         check_strategy(strategy, STRATEGIES)
         refuse_like(like)
-        files = member_files(directories, framework="torch", last=last, members=members)
+        files, used = recipe_files(directories, recipe, framework="torch", last=last, members=members)
         return cls(
             load_members(model, files, mapped=mapped),
             activation=activation,
@@ -151,12 +186,18 @@ class SnapshotEnsemble(nn.Module):
             output=output,
             strategy=strategy,
             allow_equal=allow_equal,
+            recipe=used,
         )
 
     @property
     def strategy(self) -> str:
         """How the members are run."""
         return self._strategy
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """How members are weighted, for these members alone; None where they are equal."""
+        return self._pooling.recipe
 
     def __len__(self) -> int:
         """Return how many members there are."""
@@ -165,31 +206,38 @@ class SnapshotEnsemble(nn.Module):
     def __iter__(self) -> Iterator[Self]:
         """Yield each member as an ensemble of one, which gives its probabilities and shares its weights."""
         for model in self.models:
-            yield type(self)([model], activation=self._activation, axis=self._axis, output=self._output)
+            yield type(self)([model], activation=self._pooling.activation, axis=self._pooling.axis, output=self._output)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the members' mean probabilities.
+    def forward(self, *args: Any, log: bool = False, **kwargs: Any) -> Tensor:
+        """Return the members' mean probabilities, weighted and tempered by the recipe if there is one.
+
+        Arguments:
+            *args: go to each model.
+            log: return log-probabilities, exact where probabilities underflow.
+            **kwargs: go to each model.
 
         Raises:
             DataError: the first batch's outputs already are probabilities, or all members give the same; `axis` or
                 `output` is needed; or the strategy cannot run the model.
         """
         if self._strategy == "stacked":
-            return self._run_stacked(args, kwargs).mean(0)
-        return self._mean(args, kwargs)
+            stack = self._run_stacked(args, kwargs, logs=self._pooling.in_logs(log))
+            return torch.as_tensor(self._pooling.pooled_stack(stack, log=log))
+        return self._loop(args, kwargs, log=log)
 
     def members(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return each member's probabilities, shape [members, batch, …]."""
+        """Return each member's own probabilities, shape [members, batch, …], without weights and temperature."""
         if self._strategy == "stacked":
             return self._run_stacked(args, kwargs)
         return torch.stack(list(self._each(args, kwargs)))
 
-    def predict(self, batches: Iterable[Any] | Tensor | NDArray[Any]) -> NDArray[Any]:
-        """Return the members' mean probabilities for all batches of a loader, as one NumPy array, without gradients.
+    def predict(self, batches: Iterable[Any] | Tensor | NDArray[Any], *, log: bool = False) -> NDArray[Any]:
+        """Return what a call gives for all batches of a loader, as one NumPy array, without gradients.
 
         Arguments:
             batches: inputs x, or tuples or lists that begin with them, such as a `DataLoader`'s (x, y): what follows
                 is not used. They are moved to the members' device. An array is one batch.
+            log: return log-probabilities.
 
         Raises:
             DataError: there is no batch, or as for a call.
@@ -199,9 +247,43 @@ class SnapshotEnsemble(nn.Module):
 
         def run(x: Any) -> NDArray[Any]:
             with torch.no_grad():
-                return to_numpy(self(_moved(x, device)))
+                return to_numpy(self(_moved(x, device), log=log))
 
         return predict(run, [batches] if isinstance(batches, Tensor | np.ndarray) else batches)
+
+    def cascade(self, *args: Any, log: bool = False, return_used: bool = False, **kwargs: Any) -> Any:
+        """Return mean probabilities by the recipe's cascade: each member runs on the examples that are left.
+
+        Members are asked from the last to the first, and an example that is sure enough is asked no further; see
+        `snapcore.ensemble.fit_cascade`. Without gradients. That members differ is not checked, since that would ask
+        them all.
+
+        Arguments:
+            *args: go to each model. Of all tensors the first axis is the batch, also within lists, tuples and dicts.
+            log: return log-probabilities.
+            return_used: return also how many members each example used, a NumPy array of integers [batch].
+            **kwargs: go to each model, as `args`.
+
+        Raises:
+            DataError: the recipe has no cascade, outputs are not [batch, classes] under softmax, tensors are of several
+                lengths, or as for a call.
+        """
+        tensors: list[Tensor] = []
+        _mapped((args, kwargs), tensors.append)
+
+        def ask(index: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+            def take(tensor: Tensor) -> Tensor:
+                return tensor[torch.from_numpy(rows).to(tensor.device)] if tensor.ndim else tensor
+
+            some, named = _mapped((args, kwargs), take)
+            outputs = pick(self.models[index](*some, **named), self._output, torch.is_tensor)
+            self._check_probabilities(outputs)
+            return to_numpy(self._activated(outputs, logs=True))
+
+        with torch.no_grad():
+            found, used = self._pooling.cascade(ask, [tuple(tensor.shape) for tensor in tensors], log=log)
+        result = torch.from_numpy(found).to(tensors[0].device)
+        return (result, used) if return_used else result
 
     def tune(self, *args: Any, tolerance: float = TOLERANCE, rounds: int = ROUNDS, **kwargs: Any) -> TuningReport:
         """Measure every strategy on a batch, keep the fastest that gives what the loop gives, and return the report.
@@ -215,7 +297,11 @@ class SnapshotEnsemble(nn.Module):
         """
 
         def run(strategy: str) -> Tensor:
-            result = self._stack(args, kwargs).mean(0) if strategy == "stacked" else self._mean(args, kwargs)
+            if strategy == "stacked":
+                stack = self._stack(args, kwargs, logs=self._pooling.in_logs(log=False))
+                result: Tensor = self._pooling.pooled_stack(stack)
+            else:
+                result = self._loop(args, kwargs)
             if result.is_cuda:
                 torch.cuda.synchronize(result.device)
             return result
@@ -231,50 +317,49 @@ class SnapshotEnsemble(nn.Module):
         """Stay in evaluation mode: members are not trained on."""
         return self
 
-    def _mean(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        each = self._each(args, kwargs)
-        total = next(each)
-        for probabilities in each:
-            total = total + probabilities  # not in place: the first may be the caller's own tensor
-        return total / len(self.models)
+    def _loop(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, log: bool = False) -> Tensor:
+        pooled: Tensor = self._pooling.pooled(self._each(args, kwargs, logs=self._pooling.in_logs(log)), log=log)
+        return pooled
 
-    def _each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    def _each(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, logs: bool = False) -> Iterator[Tensor]:
         each: Iterator[Tensor] = (pick(model(*args, **kwargs), self._output, torch.is_tensor) for model in self.models)
         tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined, no-untyped-call]
         if (self._unchecked or self._undecided) and not tracing:
             ahead, each = tee(each)
             self._check(ahead)
-        return map(self._activated, each)
+        return map(partial(self._activated, logs=logs), each)
 
     def _check(self, each: Iterator[Tensor]) -> None:
         first = next(each).detach()
-        # Not on the host: inside torch.func a tensor cannot be brought there, but one bool can.
-        if self._unchecked and first.is_floating_point():
-            axis = softmax_axis(first.shape, self._axis, classes_last=False)
-            if are_probabilities(first.float(), axis, half=first.dtype in _HALF):
-                raise DataError(ALREADY_PROBABILITIES)
+        self._check_probabilities(first)
         if self._undecided:
             cure = f"{CURE}; or allow_equal=True"
             self._undecided = not refuse_equal_members(chain([first], each), self._weights, cure)
+
+    def _check_probabilities(self, first: Tensor) -> None:
+        # Not on the host: inside torch.func a tensor cannot be brought there, but one bool can.
+        if self._unchecked and first.is_floating_point():
+            axis = softmax_axis(first.shape, self._pooling.axis, classes_last=False)
+            if are_probabilities(first.float(), axis, half=first.dtype in _HALF):
+                raise DataError(ALREADY_PROBABILITIES)
         self._unchecked = self._unchecked and not first.numel()
 
     def _weights(self) -> list[list[Tensor]]:
         return [list(chain(model.parameters(), model.buffers())) for model in self.models]
 
-    def _activated(self, outputs: Tensor) -> Tensor:
+    def _activated(self, outputs: Tensor, *, logs: bool = False) -> Tensor:
         outputs = outputs.float() if outputs.dtype in _HALF else outputs
-        if self._activation == "softmax":
-            return torch.softmax(outputs, softmax_axis(outputs.shape, self._axis, classes_last=False))
-        if self._activation == "sigmoid":
-            return torch.sigmoid(outputs)
-        return self._activation(outputs) if callable(self._activation) else outputs
+        activated: Tensor = self._pooling.activated(outputs, logs=logs)
+        return activated
 
-    def _run_stacked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        found = self._stack(args, kwargs)
+    def _run_stacked(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, logs: bool = False) -> Tensor:
+        found = self._stack(args, kwargs, logs=logs)
         if self._unproven:
             with torch.no_grad():
-                wanted = torch.stack(list(self._each(args, kwargs)))
-            off = deviation(to_numpy(found), to_numpy(wanted))
+                wanted = torch.stack(list(self._each(args, kwargs, logs=logs)))
+            # As probabilities, whose largest is never −inf.
+            host = [to_numpy(each.exp() if logs else each) for each in (found, wanted)]
+            off = deviation(*host)
             types = {tensor.dtype for tensor in self.models.parameters() if tensor.is_floating_point()}
             if not off <= max([_ROUNDING, *(8 * torch.finfo(dtype).eps for dtype in types)]):
                 raise DataError(
@@ -284,12 +369,14 @@ class SnapshotEnsemble(nn.Module):
             self._unproven = False
         return found
 
-    def _stack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _stack(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, logs: bool = False) -> Tensor:
         if self._stacked is None:
             self._stacked = Stacked(self.models)  # type: ignore[arg-type]  # a ModuleList is a sequence, undeclared
-        return self._stacked(
-            lambda returned: self._activated(pick(returned, self._output, torch.is_tensor)), *args, **kwargs
-        )
+
+        def each(returned: Any) -> Tensor:
+            return self._activated(pick(returned, self._output, torch.is_tensor), logs=logs)
+
+        return self._stacked(each, *args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self._stacked = None  # the members move or change their type
@@ -306,10 +393,17 @@ class SnapshotEnsemble(nn.Module):
 
 
 def _moved(x: Any, device: torch.device) -> Any:
-    if isinstance(x, np.ndarray):
-        return to_torch(x).to(device)
+    return _mapped(x, lambda tensor: tensor.to(device), arrays=True)
+
+
+def _mapped(x: Any, change: Callable[[Tensor], Any], *, arrays: bool = False) -> Any:
+    """Return the same with each tensor changed, also those in containers; with `arrays`, of NumPy arrays too."""
+    if arrays and isinstance(x, np.ndarray):
+        return change(to_torch(x))
     if isinstance(x, Tensor):
-        return x.to(device)
+        return change(x)
     if isinstance(x, dict):
-        return {name: _moved(each, device) for name, each in x.items()}
-    return type(x)(_moved(each, device) for each in x) if isinstance(x, tuple | list) else x
+        return {name: _mapped(each, change, arrays=arrays) for name, each in x.items()}
+    if isinstance(x, tuple | list):
+        return type(x)(_mapped(each, change, arrays=arrays) for each in x)
+    return x

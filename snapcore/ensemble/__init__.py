@@ -21,6 +21,7 @@ from snapcore.ensemble.outputs import (
     refuse_probabilities,
     softmax_axis,
 )
+from snapcore.ensemble.pooling import Operations, Pooling, checked_recipe
 from snapcore.ensemble.predictions import KINDS, Predictions
 from snapcore.ensemble.recipe import RULES, Cascade, Fitted, Recipe, as_recipe
 from snapcore.ensemble.scoring import prefix_curve, score_predictions
@@ -41,7 +42,9 @@ __all__ = [
     "Fitted",
     "Interpolation",
     "MemberSequence",
+    "Operations",
     "Output",
+    "Pooling",
     "Predictions",
     "Recipe",
     "RunsOffError",
@@ -54,6 +57,7 @@ __all__ = [
     "check_activation",
     "check_members",
     "check_strategy",
+    "checked_recipe",
     "combine",
     "deviation",
     "fit_cascade",

@@ -95,25 +95,27 @@ def member_files(
 
 def recipe_files(
     directories: Directory | Iterable[Directory],
-    recipe: Recipe | Directory,
+    recipe: Recipe | Directory | None,
     *,
     framework: str | Sequence[str],
     last: int | None = None,
     members: Iterable[int] | None = None,
-) -> tuple[list[Path], Recipe]:
+) -> tuple[list[Path], Recipe | None]:
     """Return the paths of the members that a recipe gives a weight, and the recipe for these alone.
 
     Arguments:
         directories: a run directory, or several; their finished members are the recipe's.
-        recipe: or the path of its file.
+        recipe: or the path of its file; without one, see `member_files`.
         framework: as for `member_files`.
-        last: left out: the recipe names the members, as for `members`.
-        members: left out.
+        last: left out where there is a recipe, which names the members; as for `members`.
+        members: the same.
 
     Raises:
         StoreError, CorruptSnapshotError: as for `member_files`, or the recipe cannot be read.
         DataError: the recipe is for other members than these, or they have changed since.
     """
+    if recipe is None:
+        return member_files(directories, framework=framework, last=last, members=members), None
     if last is not None or members is not None:
         raise DataError("last and members must be left out where there is a recipe: it says which members are used")
     wanted = as_recipe(recipe)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from snapcore.ensemble import Recipe
 from snapcore_jax import SnapshotEnsemble
 
 
@@ -23,6 +24,9 @@ for count, used in ((4, 4), (6, 3), (2, 2)):
     np.testing.assert_allclose(sharded(x), loop(x), atol=1e-6)
     np.testing.assert_allclose(sharded.members(jnp.array(x)), loop.members(x), atol=1e-6)
     assert len(sharded._run._weights[0].sharding.device_set) == used
+    recipe = Recipe(tuple(range(1, count + 1)), temperature=2.0)
+    weighted = [SnapshotEnsemble(members(count), apply_fn, strategy=by, recipe=recipe) for by in ("loop", "sharded")]
+    np.testing.assert_allclose(weighted[1](x, log=True), weighted[0](x, log=True), atol=1e-6)
     assert (sharded(x) + loop(x)).shape == (5, 4)  # it is where the loop's is
     report = loop.tune(x, rounds=2)
     assert report["sharded"].refused is None, report

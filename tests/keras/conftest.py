@@ -16,6 +16,7 @@ from snapcore import SnapcoreError
 collect_ignore = [
     "ensemble_on_a_backend.py",
     "ensemble_of_a_loop.py",
+    "recipe_on_a_backend.py",
 ]  # scripts, which the search for doctests would import
 SCRIPT = Path(__file__).with_name("fit_on_a_backend.py")
 BACKENDS = ("tensorflow", "jax", "torch")
