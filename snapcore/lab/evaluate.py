@@ -80,17 +80,16 @@ def evaluate(
         raise DataError(f"{where} were tested on different images: give runs on the same data, or one at a time")
     stores = [SnapshotStore(directory) for directory in directories]
     began = time.perf_counter()
-    rows, arrays, held_out = [], [], []
+    rows: list[Member] = []
+    arrays: list[Any] = []
+    held_out: list[Any] = []
     for store, job, dataset in zip(stores, jobs, datasets, strict=True):
         _compare_images(store, job, dataset, moved=data_dir is not None)
-        finished = finished_members(store)
-        positions = _positions(store, finished, last, members)
-        found = predictions_of(store, job, dataset, device=device)
-        rows += [finished[position] for position in positions]
-        arrays += [found[position] for position in positions]
+        chosen = _chosen(store, finished_members(store), last, members)
+        rows += chosen
+        arrays += predictions_of(store, job, dataset, members=chosen, device=device)
         if job.held_out:
-            kept_back = predictions_of(store, job, dataset, "held-out", device=device)
-            held_out += [kept_back[position] for position in positions]
+            held_out += predictions_of(store, job, dataset, "held-out", members=chosen, device=device)
     curve = prefix_curve(arrays, labels, log=True)
     answers = [dataset.y_held_out for dataset in datasets]
     if len(held_out) == len(arrays) and all(np.array_equal(each, answers[0]) for each in answers):
@@ -222,33 +221,33 @@ def _calibrate(curve: list[dict[str, float]], held_out: Predictions, test: Predi
     Rows without stand for a temperature that runs off, or of which few images show no gain.
     """
     for row in curve:
-        last = np.arange(len(test)) >= len(test) - row["m"]
+        first = len(test) - int(row["m"])
         try:
-            recipe = fit_temperature(held_out, Recipe(tuple(last.astype(float))))
+            recipe = fit_temperature(Predictions(held_out[first:], held_out.labels))
         except RunsOffError:
             continue
         gain = recipe.fitted.gain if recipe.fitted is not None else None
         if held_out.examples < FEW and not (gain or 0.0) > 0:
             continue
-        scores = score_predictions(test, weights=recipe.weights, temperature=recipe.temperature)
+        scores = score_predictions(Predictions(test[first:], test.labels), temperature=recipe.temperature)
         row.update(temperature=recipe.temperature, calibrated_nll=scores["nll"])
 
 
-def _positions(
+def _chosen(
     store: SnapshotStore, finished: Sequence[Member], last: int | None, members: Sequence[int] | None
-) -> list[int]:
-    """Return the positions of the members asked for, among the finished."""
+) -> list[Member]:
+    """Return the members asked for, of the finished."""
     indexes = [member.index for member in finished]
     if members is None:
         count = len(finished) if last is None else last
         if not 1 <= count <= len(finished):
             raise StoreError(f"last must be in 1..{len(finished)}, the finished members of {store.path}; got {last}")
-        return [*range(len(finished))][-count:]
+        return list(finished[-count:])
     if last is not None:
         raise StoreError(f"last and members exclude each other, got {last} and {list(members)}: leave one of them out")
     if not members or len(set(members)) < len(members) or not set(members) <= set(indexes):
         raise StoreError(f"members must be of {indexes}, the finished ones of {store.path}; got {list(members)}")
-    return [indexes.index(index) for index in members]
+    return [finished[indexes.index(index)] for index in members]
 
 
 def write_results(results: dict[str, Any], directory: Path) -> Path:

@@ -1,6 +1,8 @@
 """Members' predictions for one part of a run's data: made once, and kept until a member or the data change."""
 
+import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from snapcore.ensemble import Predictions
 from snapcore.errors import DataError, StoreError
 from snapcore.lab.backends import start_backend
 from snapcore.lab.datasets import Dataset
-from snapcore.lab.job import Job
+from snapcore.lab.job import MAY_DIFFER, Job
 from snapcore.protocol import program_from_dict
 from snapcore.store import Member, SnapshotStore
 
@@ -23,38 +25,57 @@ log = logging.getLogger("snapcore")
 
 
 def predictions_of(
-    store: SnapshotStore, job: Job, dataset: Dataset, split: str = "test", *, device: str | None = None
+    store: SnapshotStore,
+    job: Job,
+    dataset: Dataset,
+    split: str = "test",
+    *,
+    members: Sequence[Member] | None = None,
+    device: str | None = None,
 ) -> Predictions:
-    """Return the predictions of a run's finished members; only members whose predictions are not kept are run.
+    """Return the predictions of a run's members; only members whose predictions are not kept are run.
 
     Arguments:
         store: the run.
-        job: what it was asked to do.
+        job: what it was asked to do. Predictions kept for another job are not used.
         dataset: its data.
         split: `test` or `held-out`.
+        members: of the run; default all finished ones. Others are not even read.
         device: where to compute; default where the run was trained.
 
     Raises:
-        StoreError: the run has no finished member, or no program.
+        StoreError: the run has no finished member, no program, or a member that is not as it was written.
         DataError: it kept nothing held out, or the model does not fit.
     """
-    members = finished_members(store)
+    finished = finished_members(store)
+    wanted = finished if members is None else members
     x, y = _part(store, job, dataset, split)
-    digests = [member.sha256 for member in members]
-    data = f"{split} {dataset.sha256} {job.held_out or 0} {job.seed if job.held_out else 0}"
+    data = f"{split} {dataset.sha256} {_digest(job)}"
     path = predictions_file(store, split)
     kept = _kept(path, data)
-    if kept is not None and list(kept.members or ()) == digests:
-        return kept
-    known = {} if kept is None else dict(zip(kept.members or (), kept, strict=True))
-    made = np.empty((len(members), len(y), dataset.n_classes), np.float32)
-    lacking = [position for position, digest in enumerate(digests) if digest not in known]
-    for position, digest in enumerate(digests):
-        if digest in known:
-            made[position] = known[digest]
+    known = {} if kept is None or kept.members is None else dict(zip(kept.members, kept, strict=True))
+    for member in wanted:
+        if member.sha256 in known:
+            store.file(member.index)  # those that are run are checked when they are loaded
+    lacking = [member for member in wanted if member.sha256 not in known]
     if lacking:
-        made[lacking] = _run(store, job, dataset, [members[position] for position in lacking], x, device)
-    found = Predictions(made, y, split=split, data=data, members=digests)
+        made = _run(store, job, dataset, lacking, x, device)
+        known |= {member.sha256: each for member, each in zip(lacking, made, strict=True)}
+        digests = [member.sha256 for member in finished if member.sha256 in known]
+        _keep(path, Predictions([known[each] for each in digests], y, split=split, data=data, members=digests))
+    digests = [member.sha256 for member in wanted]
+    if kept is not None and kept.members == tuple(digests):
+        return kept  # which lies in its file
+    return Predictions([known[each] for each in digests], y, split=split, data=data, members=digests)
+
+
+def _digest(job: Job) -> str:
+    """Return the SHA-256 of what a member's predictions depend on: all but where the images lie, and what computes."""
+    facts = {name: value for name, value in msgspec.structs.asdict(job).items() if name not in MAY_DIFFER}
+    return hashlib.sha256(msgspec.json.encode(facts)).hexdigest()
+
+
+def _keep(path: Path, found: Predictions) -> None:
     try:
         if path.parent.is_symlink():
             raise StoreError(f"{path.parent} is a link, and a run is written only into folders of its own")
@@ -62,7 +83,6 @@ def predictions_of(
         found.save(path)
     except OSError as error:  # as in a run on a read-only disk: they are made anew the next time
         log.info("predictions are not kept: %s", error)
-    return found
 
 
 def predictions_file(store: SnapshotStore, split: str) -> Path:

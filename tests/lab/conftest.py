@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -140,8 +141,13 @@ def other_seed(tmp_path_factory):
 
 
 def scores_of(results):
-    """Results without what a clock says, and the digest of all of it."""
-    return {name: value for name, value in results.items() if name not in {"seconds", "sha256"}}
+    """Results without what depends on who computed them, and the digest of all of it."""
+    return {name: value for name, value in results.items() if name not in {"seconds", "threads", "sha256"}}
+
+
+def copy_of(run, where):
+    """Copy a run without its predictions, so that its members are run again."""
+    return Path(shutil.copytree(run, where, ignore=shutil.ignore_patterns("predictions")))
 
 
 @pytest.fixture

@@ -86,4 +86,8 @@ class Saying:
 @pytest.mark.parametrize(("backend", "threads"), [(Saying(3), 3), (Saying(None), 2), (object(), 2)])
 def test_a_backend_that_does_not_say_its_threads_has_those_of_the_process(backend, threads, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5}, raising=False)
-    assert threads_of(backend) == threads
+    monkeypatch.setattr(backends_module, "load_backend", lambda name: backend)
+    monkeypatch.setattr(backends_module, "_STARTED", {})
+    assert threads_of("mine") == 2  # it has computed nothing, and is not started for this
+    start_backend("mine")
+    assert threads_of("mine") == threads

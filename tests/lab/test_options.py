@@ -14,6 +14,8 @@ from snapcore.lab.job import Job
 from snapcore.run import execute
 from snapcore.store import SnapshotStore
 
+from .conftest import copy_of
+
 SHORT = ("--model", "mlp", "--epochs", "3", "--cycles", "3")  # 63 updates, members after 21, 42 and 63
 BACKENDS = ("torch", "jax", "keras", "tensorflow")
 
@@ -182,7 +184,8 @@ def test_a_damaged_member_can_be_left_out_as_its_message_says(cli, here, stoppin
 def test_a_run_is_scored_on_the_device_that_is_asked_for(cli, here, finished, results):
     assert cli("evaluate", finished, "--device", "cpu", "--output", "scores").code == 0
     assert results(here / "scores") == results(finished)
-    assert "device must be one that PyTorch can use" in cli("evaluate", finished, "--device", "abacus").refusal
+    again = copy_of(finished, here / "again")
+    assert "device must be one that PyTorch can use" in cli("evaluate", again, "--device", "abacus").refusal
 
 
 @pytest.fixture

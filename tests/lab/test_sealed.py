@@ -16,6 +16,8 @@ from snapcore.lab.job import Job, load_job
 from snapcore.lab.sealed import read_sealed, write_sealed
 from snapcore.store import seal
 
+from .conftest import copy_of
+
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -71,7 +73,7 @@ FORGED = {
 @pytest.mark.parametrize("content", FORGED.values(), ids=FORGED)
 @pytest.mark.parametrize("name", ["job.json", "results.json"])
 def test_what_was_not_written_so_is_refused_in_one_line_that_names_the_file(name, content, cli, here, finished):
-    run = shutil.copytree(finished, here / "run")
+    run = copy_of(finished, here / "run")
     (run / name).write_bytes(content)
     before = {path: path.read_bytes() for path in run.iterdir()}
     assert str(name) in cli("evaluate", run).refusal
@@ -119,7 +121,7 @@ VALUES = [
 
 @pytest.mark.parametrize("change", VALUES, ids=ascii)
 def test_a_sealed_job_that_cannot_be_done_is_one_line(change, cli, here, finished):
-    run = shutil.copytree(finished, here / "run")
+    run = copy_of(finished, here / "run")
     write_sealed(run / "job.json", {**read_sealed(run / "job.json"), **change})
     done = cli("evaluate", run, "--trust-model")
     assert done.code == 1
