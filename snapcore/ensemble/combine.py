@@ -188,7 +188,7 @@ def pool(kind: str, block: Floats, shares: Floats) -> Floats:
         np.exp(np.subtract(logs, top, out=logs), out=logs)
         total = np.tensordot(parts, logs, 1)
         return np.where(top > _LOWEST, top + np.log(total, out=total), -np.inf)
-    average: Floats = np.tensordot(parts, block[used], 1)
+    average: Floats = np.asarray(np.tensordot(parts, block[used], 1), np.float64)
     if kind == "gaussian":  # the variance of the mixture: within the members, and between them
         average[..., 1] += np.tensordot(parts, (block[used, ..., 0] - average[..., 0]) ** 2, 1)
     return average

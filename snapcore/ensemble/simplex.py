@@ -36,7 +36,7 @@ def minimise(oracle: Oracle, size: int, *, tolerance: float) -> tuple[Floats, fl
             system = np.ones((size + 1, size + 1))
             system[:size, :size] = hessian + np.diag(barrier / weights**2)
             system[size, size] = 0.0
-            step = np.linalg.solve(system, np.append(-slope, 0.0))[:size]
+            step = np.asarray(np.linalg.solve(system, np.append(-slope, 0.0))[:size], np.float64)
             decrease = -float(slope @ step)
             if decrease < barrier * 1e-3:
                 break

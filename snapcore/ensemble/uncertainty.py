@@ -138,7 +138,8 @@ def _of_block(kind: str, block: Floats, shares: Floats) -> Uncertainty:
         total, each = _entropy(pooled), _entropy(block)
         others = (block.argmax(-1) != pooled.argmax(-1)).astype(np.float64)
     aleatoric = np.tensordot(shares, each, 1)
-    return Uncertainty(total, aleatoric, np.maximum(total - aleatoric, 0.0), np.tensordot(shares, others, 1))
+    disagreement = np.asarray(np.tensordot(shares, others, 1), np.float64)
+    return Uncertainty(total, aleatoric, np.maximum(total - aleatoric, 0.0), disagreement)
 
 
 def _entropy(logs: Floats) -> Floats:
