@@ -263,8 +263,9 @@ class SnapshotEnsemble:
         """Return mean probabilities by the recipe's cascade: each member runs on the examples that are left.
 
         Members are asked from the last to the first, and an example that is sure enough is asked no further; see
-        `snapcore.ensemble.fit_cascade`. Compiled once for a batch and its half, quarter, eighth and sixteenth: what is
-        left is filled up to these. That members differ is not checked, since that would ask them all.
+        `snapcore.ensemble.fit_cascade`. In float32. Compiled once for a batch and its half, quarter, eighth and
+        sixteenth: what is left is filled up to these. That members differ is not checked, since that would ask them
+        all.
 
         Arguments:
             *args: go to `apply_fn`. Of all arrays the first axis is the batch, also within trees.

@@ -28,7 +28,7 @@ from snapcore.ensemble import (
     tune,
 )
 from snapcore.store import map_tensors
-from snapcore_keras.activations import Activation, resolved
+from snapcore_keras.activations import Activation, ends_in, resolved
 from snapcore_keras.first_batch import OutputCheck, is_symbolic, on_host
 from snapcore_keras.layer import MeanOfMembers
 from snapcore_keras.members import fitted_weights
@@ -113,6 +113,11 @@ class SnapshotEnsemble:
         _check_model(model)
         activation, self._check_outputs = resolved(activation, model, axis, output)
         used = None if recipe is None else as_recipe(recipe)
+        if used is not None and used.temperature != 1 and activation == "identity" and ends_in(model) == "sigmoid":
+            raise DataError(
+                "the model ends in sigmoid, and under activation='identity' a temperature is one of classes: build the "
+                "model without that last activation, and pass activation='sigmoid'"
+            )
         given = _fitting(members, model)
         layer = MeanOfMembers(model, given, activation=activation, axis=axis, output=output, recipe=used)
         checked_recipe(used, len(layer.members))
@@ -226,9 +231,9 @@ class SnapshotEnsemble:
         """Return mean probabilities by the recipe's cascade: each member runs on the examples that are left.
 
         Members are asked from the last to the first, and an example that is sure enough is asked no further; see
-        `snapcore.ensemble.fit_cascade`. What is left is filled up to the batch or its half, quarter, eighth or
-        sixteenth, so that a compiler sees five shapes at most. That members differ is not checked, since that would ask
-        them all.
+        `snapcore.ensemble.fit_cascade`. In float32. What is left is filled up to the batch or its half, quarter, eighth
+        or sixteenth, so that a compiler sees five shapes at most. That members differ is not checked, since that would
+        ask them all.
 
         Arguments:
             *args: go to the model. Of all arrays the first axis is the batch, also within lists and dicts.

@@ -222,7 +222,8 @@ class SnapshotEnsemble(nn.Module):
         """
         if self._strategy == "stacked":
             stack = self._run_stacked(args, kwargs, logs=self._pooling.in_logs(log))
-            return torch.as_tensor(self._pooling.pooled_stack(stack, log=log))
+            pooled: Tensor = self._pooling.pooled_stack(stack, log=log)
+            return pooled
         return self._loop(args, kwargs, log=log)
 
     def members(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -255,8 +256,8 @@ class SnapshotEnsemble(nn.Module):
         """Return mean probabilities by the recipe's cascade: each member runs on the examples that are left.
 
         Members are asked from the last to the first, and an example that is sure enough is asked no further; see
-        `snapcore.ensemble.fit_cascade`. Without gradients. That members differ is not checked, since that would ask
-        them all.
+        `snapcore.ensemble.fit_cascade`. In float32, without gradients. That members differ is not checked, since that
+        would ask them all.
 
         Arguments:
             *args: go to each model. Of all tensors the first axis is the batch, also within lists, tuples and dicts.

@@ -162,6 +162,12 @@ def test_a_cascade_that_cannot_be_is_refused(options, told):
         SnapshotEnsemble(MEMBERS, net(), **options).cascade(X)
 
 
+def test_a_temperature_of_classes_is_refused_where_the_model_ends_in_sigmoid():
+    with pytest.raises(DataError, match="build the model without that last activation, and pass activation='sigmoid'"):
+        SnapshotEnsemble(MEMBERS, net("sigmoid"), recipe=RECIPE)
+    SnapshotEnsemble(MEMBERS, net("sigmoid"), recipe=Recipe(tuple(WEIGHTS)))(X)
+
+
 def test_a_cascade_of_probabilities_or_amid_a_model_is_refused():
     ensemble = SnapshotEnsemble(MEMBERS, net("softmax"), activation="softmax", recipe=RECIPE)
     with pytest.raises(DataError, match="already are probabilities"):
