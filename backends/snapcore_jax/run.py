@@ -1,13 +1,12 @@
 """A run for a training loop of your own: it counts, takes the snapshots, and resumes after a kill."""
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
-from snapcore import CycleWarning, Program, ProtocolError, Schedule
+from snapcore import Program, ProtocolError, Schedule
 from snapcore.protocol import Snapshot, as_program
 from snapcore.run import CountedRun, EpochBatches, Recorder
 from snapcore.store import read_point
@@ -210,7 +209,7 @@ class SnapshotRun:
             SystemExit, KeyboardInterrupt: after a SIGTERM (with code 143) or a Ctrl-C, and its resume point.
 
         Warns:
-            CycleWarning: once, if an update was done at another rate than the schedule's, or if that cannot be seen.
+            CycleWarning: once, if an update was done at another rate than the schedule's.
         """
         if self._counted.may_be_due() or self._recorder.asked_to_stop:
             refuse_unusable(parts_of(variables, rest))
@@ -349,16 +348,11 @@ class SnapshotRun:
         schedule = self._recorder.program.schedule
         if not self._source.resumable or schedule in ASKED or self._used_rate(step) is not None:
             return
-        if follows_schedule(self._source.rest):
-            raise ProtocolError(
-                "the optimizer follows another schedule than this run's: build it with snapshot_schedule(cycles), or "
-                "pass rate=, the schedule that it was built with"
-            )
-        warnings.warn(
-            "the optimizer does not ask for this run's rates, which are recorded with its members: build it with "
-            "snapshot_schedule(cycles), or pass rate=, what it was built with",
-            CycleWarning,
-            stacklevel=5,
+        follows = follows_schedule(self._source.rest)
+        does = "follows another schedule than this run's" if follows else "does not ask for this run's rates"
+        raise ProtocolError(
+            f"the optimizer {does}: build it with snapshot_schedule(cycles), or pass rate=, what it was built with, or "
+            "rate=cycles if the loop applies them"
         )
 
     def _used_rate(self, step: int) -> tuple[float, str] | None:

@@ -110,11 +110,17 @@ def test_an_unfinished_member_records_it_too(tmp_path):
 
 
 @pytest.mark.parametrize("tx", [optax.sgd(0.1), optax.adam(0.1), optax.MultiSteps(optax.sgd(0.1), 1)])
-def test_a_rate_that_cannot_be_seen_is_said_once_with_what_to_do(tmp_path, tx):
-    _, said = train(tmp_path / "run", tx)
-    assert len(said) == 1
-    assert "does not ask for this run's rates" in said[0]
-    assert "snapshot_schedule(cycles), or pass rate=" in said[0]
+def test_a_rate_that_cannot_be_seen_is_refused_at_the_first_step(tmp_path, tx):
+    with pytest.raises(ProtocolError, match=r"does not ask for this run's rates: build it .*, or pass rate="):
+        train(tmp_path / "run", tx)
+    assert SnapshotStore(tmp_path / "run").members == ()
+
+
+@pytest.mark.parametrize("rate", [0.1, CYCLES])
+def test_a_rate_that_is_said_is_what_members_record(tmp_path, rate):
+    rates, said = train(tmp_path / "run", optax.sgd(0.1), rate=rate)
+    assert rates == pytest.approx([0.1] * 3 if rate == 0.1 else [CYCLES(step - 1) for step in (4, 8, 12)])
+    assert len(said) == (rate == 0.1)
 
 
 @pytest.mark.parametrize("rate", [COSINE, optax.join_schedules([COSINE, COSINE], [6]), optax.constant_schedule(0.1)])
@@ -128,8 +134,8 @@ def test_a_schedule_that_was_only_plotted_has_not_been_followed(tmp_path):
     rate = snapshot_schedule(CYCLES)
     assert rate(jnp.arange(12)).shape == (12,)
     assert [rate(step) for step in range(12)] == [CYCLES(step) for step in range(12)]
-    _, said = train(tmp_path / "run", optax.sgd(0.1))
-    assert len(said) == 1
+    with pytest.raises(ProtocolError, match="does not ask for this run's rates"):
+        train(tmp_path / "run", optax.sgd(0.1))
 
 
 def test_of_a_compiled_update_the_trace_is_enough(tmp_path):
