@@ -398,7 +398,9 @@ def as_probabilities(values: npt.ArrayLike, subject: str) -> npt.NDArray[Any]:
         exact = array.astype(np.float64)
         position = np.argwhere(~((exact >= -ROUNDING) & (exact <= 1 + ROUNDING)))[0]
         found = f"{exact[tuple(position)]:g} at {position.tolist()}"
-        raise DataError(f"{subject} must be finite and in 0..1, got {found}; apply softmax first")
+        raise DataError(
+            f"{subject} must be finite and in 0..1, got {found}; apply softmax first, or pass log=True for logarithms"
+        )
     return array
 
 

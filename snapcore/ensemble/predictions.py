@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from snapcore.errors import CorruptSnapshotError, DataError
+from snapcore.errors import CorruptSnapshotError, DataError, StoreError
 from snapcore.metrics import ROUNDING
 from snapcore.store import Tensors, map_tensors, read_metadata, write_tensor_file
 
@@ -99,6 +99,14 @@ class Predictions(Sequence[npt.NDArray[np.float32]]):
         with np.errstate(divide="ignore"):
             logs = np.log(np.clip(array, 0.0, 1.0))
         return cls(logs, labels, **{"tolerance": _ROW_HALF if half else _ROW, **options})
+
+    @staticmethod
+    def is_kept_in(path: str | os.PathLike[str]) -> bool:
+        """Return whether a file is one that `save` wrote, by what it says itself."""
+        try:
+            return read_metadata(Path(path)).get("format") == _FORMAT
+        except StoreError:
+            return False
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:

@@ -2,6 +2,7 @@
 
 import logging
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -125,19 +126,35 @@ def test_a_kept_prediction_does_not_hide_that_its_member_was_altered(store, back
     "damage",
     [
         lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"),
-        lambda path: path.write_bytes(b"somebody's own"),
         lambda path: path.unlink(),
-        lambda path: Predictions.open(path).take(range(9)).save(path.with_name("x")) or path.write_bytes(b""),
         lambda path: Predictions(np.zeros((2, 3, 1)), [0] * 3, members=["a", "b"]).save(path),
         lambda path: Predictions(np.zeros((2, 3, 1)), [0] * 3).save(path),
     ],
 )
-def test_an_altered_or_foreign_file_is_made_anew(store, backend, data, damage):
+def test_an_altered_file_is_made_anew(store, backend, data, damage):
     first = predictions_of(store, JOB, data)[:].copy()
     damage(predictions_file(store, "test"))
     np.testing.assert_array_equal(predictions_of(store, JOB, data)[:], first)
     assert backend.restored == [1, 3, 1, 3]
     predictions_of(store, JOB, data)
+    assert backend.restored == [1, 3, 1, 3]
+
+
+@pytest.mark.parametrize("content", [b"somebody's own", b""])
+def test_a_file_that_is_somebody_elses_is_left_alone(store, backend, data, content, caplog):
+    path = predictions_file(store, "test")
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with caplog.at_level("INFO"):
+        assert predictions_of(store, JOB, data).examples == len(data.y_test)
+    assert path.read_bytes() == content
+    assert f"{path} is not snapcore's, and is not replaced" in caplog.text
+
+
+def test_a_model_that_is_code_is_run_each_time_since_it_may_have_changed(store, backend, data):
+    job = msgspec.structs.replace(JOB, model="builtins:len")
+    for _ in range(2):
+        predictions_of(store, job, data)
     assert backend.restored == [1, 3, 1, 3]
 
 
