@@ -464,3 +464,12 @@ def test_about_one_member_is_in_memory_beyond_the_file(large, what):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16e6, f"{peak / 1e6:.1f} MB"
+
+
+def test_a_file_that_save_wrote_is_told_from_others(tmp_path):
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    Predictions(np.zeros((1, 2, 1))).save(ours)
+    other.write_bytes(b"somebody's")
+    assert Predictions.is_kept_in(ours)
+    assert not Predictions.is_kept_in(other)
+    assert not Predictions.is_kept_in(tmp_path / "nothing")
