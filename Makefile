@@ -28,7 +28,7 @@ check: $(VENV)/.lint
 	$(MAKE) --jobs 2 --output-sync lint core
 
 core: $(VENV)/.test
-	$(ONE_THREAD) $(PYTEST) -q $(CORE)
+	$(ONE_THREAD) $(PYTEST) -q --hypothesis-profile quick $(CORE)
 
 test: $(VENV)/.test
 	SNAPCORE_REQUIRE=torch,jax,keras,tensorflow $(ONE_THREAD) $(PYTEST) $(CORE) --cov --cov-report=term
