@@ -124,7 +124,12 @@ class Schedule:
         return (*self.cycle_starts[1:], self.steps)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the schedule as plain JSON, for `schedule_from_dict`."""
+        """Return the schedule as plain JSON, for `schedule_from_dict`.
+
+        Raises:
+            ScheduleError: it has more than a million snapshots, which no run keeps.
+        """
+        _require_keepable(self)
         values = self.__getstate__().items()
         return {"kind": type(self).__name__, **{n: list(v) if isinstance(v, tuple) else v for n, v in values}}
 
@@ -269,7 +274,6 @@ class CosineCycles(Schedule):
         _require(0 <= warmup < steps, f"warmup_steps must be in 0..steps-1={steps - 1}, got {warmup}")
         room = f"steps={steps}" if warmup == 0 else f"steps-warmup_steps={steps - warmup}"
         _require(1 <= cycles <= steps - warmup, f"cycles must be in 1..{room}, got {cycles}")
-        _require(cycles <= _MOST_MEMBERS, f"cycles must be at most {_MOST_MEMBERS}, got {cycles}")
         choices = get_args(Remainder)
         _require(self.remainder in choices, f"remainder must be one of {choices}, got {self.remainder!r}")
         self._set(lr_min=lr_min, cycles=cycles, warmup_steps=warmup)
@@ -334,7 +338,6 @@ class StepDecay(Schedule):
         milestones = tuple(_rate_value("milestones", share) for share in self.milestones)
         _require(factor > 0, f"factor must be above 0, got {factor}")
         _require(1 <= snapshots <= self.steps, f"snapshots must be in 1..steps={self.steps}, got {snapshots}")
-        _require(snapshots <= _MOST_MEMBERS, f"snapshots must be at most {_MOST_MEMBERS}, got {snapshots}")
         ascending = all(a <= b for a, b in zip((0.0, *milestones), (*milestones, 1.0), strict=True))
         _require(ascending, f"milestones must be shares in 0..1, not descending, got {milestones}")
         count = len(milestones)
@@ -363,6 +366,7 @@ def schedule_from_dict(values: Mapping[str, Any]) -> Schedule:
     schedule = object.__new__(kinds[kind])
     schedule._set(**given)
     schedule._check()
+    _require_keepable(schedule)
     return schedule
 
 
@@ -382,6 +386,13 @@ def _anneals(updates: int, cycles: int) -> bool:
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ScheduleError(message)
+
+
+def _require_keepable(schedule: Schedule) -> None:
+    """Refuse a number of snapshots that would take a reader minutes: in a file it may be forged."""
+    state = schedule.__getstate__()
+    count = state["cycles"] if "cycles" in state else state["snapshots"]
+    _require(count <= _MOST_MEMBERS, f"a schedule is kept with at most {_MOST_MEMBERS} snapshots, got {count}")
 
 
 def _whole(name: str, value: Any) -> int:
