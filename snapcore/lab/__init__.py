@@ -31,7 +31,10 @@ def main() -> None:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
         sys.exit(f"snapcore: the command needs {error.name}: pip install 'snapcore[lab]'")
-    except KeyboardInterrupt:  # while it was being imported, or as it ended
+    except (KeyboardInterrupt, RuntimeError) as error:  # while it was being imported, or as it ended
+        # Python 3.11 wraps what is raised while a class is made.
+        if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__cause__, KeyboardInterrupt):
+            raise
         sys.stderr.write("snapcore: interrupted\n")
         sys.exit(130)
     sys.exit(code)

@@ -68,8 +68,10 @@ def _text(args: tuple[object, ...]) -> str:
 
 
 def _path(descriptor: int) -> str:
-    link = Path(f"/proc/self/fd/{descriptor}")
-    return str(link.readlink()) if link.is_symlink() else ""
+    try:
+        return str(Path(f"/proc/self/fd/{descriptor}").readlink())
+    except FileNotFoundError:  # a number that is none, or that another thread has just closed
+        return ""
 
 
 def _act(act: str) -> None:

@@ -444,6 +444,18 @@ def test_tensorflow_begins_without_notes_of_its_own(python):
     assert re.search(r"^tensorflow: tensorflow \d", done.out, re.MULTILINE)
 
 
+@pytest.mark.parametrize(("cause", "code"), [("KeyboardInterrupt()", 130), ("OSError()", 1)])
+def test_ctrl_c_while_a_class_is_made_is_one_line_too(python, cause, code):
+    """Python 3.11 wraps what is raised then in a RuntimeError."""
+    stop = (
+        f"import snapcore.lab.cli as cli\ndef stop(*words): raise RuntimeError('made') from {cause}\ncli.run = stop\n"
+    )
+    done = python("-c", stop + "from snapcore.lab import main; main()")
+    assert done.code == code
+    assert ("snapcore: interrupted" in done.err) == (code == 130)
+    assert ("Traceback" in done.err) == (code == 1)
+
+
 def test_ctrl_c_before_there_is_anything_to_resume_is_one_line(python):
     code = "import snapcore.lab.cli as cli\ndef stop(*words): raise KeyboardInterrupt\ncli.describe_run = stop\n"
     done = python("-c", code + "from snapcore.lab import main; main()", "inspect", "run")
