@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any, TypeVar
 
 import numpy as np
@@ -101,7 +102,7 @@ def tune(
     opposite order, so that what slows the machine down for a while slows all of them down. A sample is the mean of as
     many calls in a row as fill 10 ms, and what counts is the lower quartile of the samples: what else the machine does
     only adds time, and a single lucky sample should not decide. After 5 rounds those whose best sample is above 1.5
-    times the fastest quartile are passed over, and after 2 s no round begins any more.
+    times the fastest median are passed over, and after 2 s no round begins any more.
 
     Arguments:
         run: does one call of the strategy named, waits for it, and returns its result; a `SnapcoreError` says that it
@@ -161,7 +162,8 @@ def _times(
             break
         near = list(names)
         if done >= _LEAST:
-            fastest = min(map(_quartile, times.values()))
+            # Not the quartile: as a burst of noise ends, one may have two samples without it, and another none.
+            fastest = min(map(median, times.values()))
             near = [name for name in names if min(times[name]) <= _NEAR * fastest]
         for name in reversed(near) if done % 2 else near:
             times[name].append(_sample(run, name, clock))

@@ -23,13 +23,16 @@ from snapcore_jax import SnapshotRun
 suite = Suite(about())
 
 
+RATE = 0.1
+
+
 class Training:
     """Dense layers with 25.6 million parameters; on a CPU fewer. What an update is given, it is given away."""
 
     def __init__(self, setting: Setting) -> None:
         width, layers = setting.pick(full=(1011, 25), small=(256, 25), tiny=(32, 2))
         batch = setting.pick(full=4096, small=64, tiny=8)
-        optimizer = optax.sgd(0.1, momentum=0.9)  # it counts nothing: calls of `run.step` count
+        optimizer = optax.sgd(RATE, momentum=0.9)  # it counts nothing: calls of `run.step` count
         self._params = dense(width, layers)
         self._rest = optimizer.init(self._params)
         self._update = donating(dense_update(optimizer))
@@ -64,7 +67,7 @@ def copied(tree: Any) -> Any:
 @contextmanager
 def opened(training: Training, directory: Path, schedule: Schedule) -> Iterator[tuple[SnapshotRun, Callable[[], None]]]:
     """Give a run, and what waits until its members are written and the device has nothing left to do."""
-    with SnapshotRun(directory, schedule) as run:
+    with SnapshotRun(directory, schedule, rate=RATE) as run:
         training.start(run)
         troughs = schedule.snapshot_steps
 

@@ -58,7 +58,7 @@ def memory_is_bounded(setting: Setting) -> None:
         params = dense(width, 4)
         state, sizes = optimizer.init(params), []
         schedule = StepDecay(lr=0.05, steps=12, snapshots=snapshots or 1)
-        run = SnapshotRun(setting.folder / str(snapshots), schedule) if snapshots else None
+        run = SnapshotRun(setting.folder / str(snapshots), schedule, rate=0.05) if snapshots else None
         if run:
             params, state = run.start(params, state)
         for _ in range(12):
