@@ -29,7 +29,8 @@ def pytest_collection_modifyitems(config, items):
     `@pytest.mark.exhaustive` marks a test that says again at length what a shorter one says too: on another backend,
     with more seeds, by real kills. With `keep=n` the first n of its cases stay.
     """
-    asked = os.environ.get("SNAPCORE_EXHAUSTIVE", "1" if "SNAPCORE_KILLS" in os.environ else "")
+    # Taken away, since some tests run pytest themselves.
+    asked = os.environ.pop("SNAPCORE_EXHAUSTIVE", "1" if "SNAPCORE_KILLS" in os.environ else "")
     if asked not in ("", "1", "only"):
         raise pytest.UsageError(f"SNAPCORE_EXHAUSTIVE must be 1 or only, got {asked}")
     seen = collections.Counter()
