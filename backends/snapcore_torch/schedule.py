@@ -59,13 +59,13 @@ class GroupRates:
         Raises:
             ScheduleError: groups were removed.
         """
-        self.extend()
-        if len(self.ratios) > len(self._optimizer.param_groups):
+        ratios, groups = self.ratios, self._optimizer.param_groups
+        if len(groups) != len(ratios) and not self.extend():  # asked for at every update, and hardly ever so
             raise ScheduleError(
-                f"the optimizer has {len(self._optimizer.param_groups)} parameter groups and had {len(self.ratios)}: "
+                f"the optimizer has {len(groups)} parameter groups and had {len(ratios)}: "
                 "groups cannot be removed; set requires_grad to False instead"
             )
-        return [rate * ratio for ratio in self.ratios]
+        return [rate * ratio for ratio in ratios]
 
     def apply(self, rate: float) -> None:
         """Give every group its share of `rate`."""
@@ -146,8 +146,10 @@ class SnapshotLR(LRScheduler):
         """Return each group's rate for the update that follows `last_epoch` others."""
         if not self._get_lr_called_within_step:
             warnings.warn("to read the rate last set, use get_last_lr()", UserWarning, stacklevel=2)
-        self.extend()
-        return list(self._rates.of(self._schedule(self.last_epoch)))
+        if len(self.optimizer.param_groups) > len(self.base_lrs):
+            self.extend()
+        rates: list[float | Tensor] = [*self._rates.of(self._schedule(self.last_epoch))]
+        return rates
 
     def extend(self) -> None:
         """Take in parameter groups that were added to the optimizer, at their ratio to the reference rate.

@@ -29,8 +29,8 @@ def test_scheduler_step_beside_those_of_pytorch(compare):
 
 @pytest.mark.parametrize("counted_by", ["caller", "optimizer"])
 def test_run_step_between_boundaries(compare, tmp_path, counted_by):
-    optimizer = _optimizer()
-    with SnapshotRun(tmp_path, CYCLES, torch.nn.Linear(2, 2), optimizer) as run:
+    model = torch.nn.Linear(2, 2)
+    with SnapshotRun(tmp_path, CYCLES, model, SGD(model.parameters(), lr=0.1)) as run:
 
         def said() -> None:
             run.step(updates=1)
