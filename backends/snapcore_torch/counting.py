@@ -1,5 +1,6 @@
 """What counts as an update: the optimizer's own steps, without those that a loss scaler skipped."""
 
+import operator
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -52,8 +53,9 @@ class UpdateCount:
 
     def take(self) -> int:
         """Return the updates since the last call."""
-        waiting, self.skipped = self.waiting, False
+        waiting, self.skipped = 0, False
         for count in self._counts:
+            waiting = count.updates if count.updates > waiting else waiting
             count.updates = 0
         return waiting
 
@@ -118,13 +120,16 @@ class ParameterWatch:
         self._optimizer = optimizer
         self._renormed = {id(part.weight) for part in model.modules() if getattr(part, "max_norm", None) is not None}
         self._calls = self._most_calls = 0
+        self._parameters: list[torch.Tensor] = []
+        self._take_in()
         self.settle()
         self._norms: list[str] | None = self._measure()
 
     def settle(self) -> None:
         """Take the parameters as they are for those after the last update."""
-        self._most_calls, self._calls = max(self._calls, self._most_calls), 0
-        self._versions, self._norms = self._count_writes(), None
+        if self._calls:
+            self._most_calls, self._calls = max(self._calls, self._most_calls), 0
+        self._versions, self._norms = sum([each._version for each in self._parameters]), None
 
     def check(self, *, excuse: Callable[[], bool] = lambda: False) -> None:
         """Take note of a call without an update.
@@ -135,8 +140,10 @@ class ParameterWatch:
         Raises:
             ProtocolError: there was one all the same.
         """
+        if self._take_in():  # what they were before is not known
+            self.settle()
         self._calls += 1
-        changed = self._count_writes() != self._versions
+        changed = sum([each._version for each in self._parameters]) != self._versions
         if not changed and self._calls > self._most_calls:
             norms = self._measure()
             changed = self._norms is not None and norms != self._norms
@@ -149,16 +156,16 @@ class ParameterWatch:
                 "was given: give it the one that steps, or call run.step(updates=1) after each"
             )
 
-    def _watched(self) -> list[torch.Tensor]:
-        return [each for each in parameters_of(self._optimizer) if id(each) not in self._renormed]
-
-    def _count_writes(self) -> int:
-        return sum(each._version for each in self._watched())
+    def _take_in(self) -> bool:
+        """Make the list of parameters, which `settle` reads at every update; return whether there were others."""
+        before = self._parameters
+        self._parameters = [each for each in parameters_of(self._optimizer) if id(each) not in self._renormed]
+        return len(before) != len(self._parameters) or any(map(operator.is_not, before, self._parameters))
 
     def _measure(self) -> list[str]:
         # As text, in which a NaN equals itself.
         return [
             float(torch.linalg.vector_norm(each.detach().flatten().float())).hex()
-            for each in self._watched()
+            for each in self._parameters
             if not each.is_complex()
         ]

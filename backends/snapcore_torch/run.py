@@ -166,18 +166,23 @@ class SnapshotRun:
             StoreError, DivergedError: an earlier member could not be written or was refused.
             SystemExit: with code 143, after a SIGTERM and its resume point.
         """
-        skipped = self._count.skipped
-        counted = self._count.take()
+        count = self._count
+        skipped, counted = count.skipped, count.take()
         n = counted if updates is None else updates
-        if updates is None and not counted and not skipped and self._count.counts:
+        if not n and updates is None and not skipped and count.counts:
             self._watch.check(excuse=self._scaler_has_skipped)
         used, self._used_lr = self._used_lr, None
-        setter = "a scheduler beside the run" if hasattr(self._optimizer.step, "_wrapped_by_lr_sched") else ""
+        # Asked for only then: to look for an attribute that is not there takes as long as to set the rate.
+        setter = ""
+        if used is not None and hasattr(self._optimizer.step, "_wrapped_by_lr_sched"):
+            setter = "a scheduler beside the run"
         events = self._recorder.record(n, late="take", used_lr=used, setter=setter)
         if n:
-            self._rates.apply(self._cursor.lr)
+            self._rates.apply(self._cursor.schedule(self._cursor.step))
         if n or skipped:  # after a restart, which writes to the parameters too
             self._watch.settle()
+        if not events:
+            return None
         return next((event for event in events if isinstance(event, Snapshot)), None)
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:

@@ -53,7 +53,7 @@ class GroupRates:
             self.ratios.append(_initial(group) / self.reference)
         return len(groups) > known
 
-    def of(self, rate: float) -> list[float]:
+    def of(self, rate: float) -> list[Any]:
         """Return every group's share of `rate`, those of groups added since among them.
 
         Raises:
@@ -69,13 +69,13 @@ class GroupRates:
 
     def apply(self, rate: float) -> None:
         """Give every group its share of `rate`."""
-        self._applied.clear()
-        for group, share in zip(self._optimizer.param_groups, self.of(rate), strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(share)
+        self._applied = applied = self.of(rate)
+        for index, group in enumerate(self._optimizer.param_groups):
+            if group["lr"].__class__ is float or not isinstance(group["lr"], Tensor):  # nearly always the first
+                group["lr"] = applied[index]
             else:
-                group["lr"] = share
-            self._applied.append(_written(group["lr"]))
+                group["lr"].fill_(applied[index])
+                applied[index] = _written(group["lr"])
 
     def taken_over(self) -> float | None:
         """Return the rate, in the schedule's terms, that someone else has set since `apply`; None if nobody has."""

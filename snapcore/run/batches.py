@@ -72,7 +72,8 @@ class Epochs:
 
     def settle(self) -> None:
         """Count the batches given so far as used; called at every update."""
-        self._position = {"epoch": self._epoch, "batches": self._given, "random": self._random}
+        position = self._position
+        position["epoch"], position["batches"], position["random"] = self._epoch, self._given, self._random
         self._asked = None
         self.settled = True
 
