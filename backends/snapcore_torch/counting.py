@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from snapcore import ProtocolError
 from snapcore_torch.optimizers import inside, parameters_of
 
+_version_of = operator.attrgetter("_version")
+
 
 class UpdateCount:
     """Count the real updates of an optimizer.
@@ -129,7 +131,7 @@ class ParameterWatch:
         """Take the parameters as they are for those after the last update."""
         if self._calls:
             self._most_calls, self._calls = max(self._calls, self._most_calls), 0
-        self._versions, self._norms = sum([each._version for each in self._parameters]), None
+        self._versions, self._norms = sum(map(_version_of, self._parameters)), None
 
     def check(self, *, excuse: Callable[[], bool] = lambda: False) -> None:
         """Take note of a call without an update.
@@ -143,7 +145,7 @@ class ParameterWatch:
         if self._take_in():  # what they were before is not known
             self.settle()
         self._calls += 1
-        changed = sum([each._version for each in self._parameters]) != self._versions
+        changed = sum(map(_version_of, self._parameters)) != self._versions
         if not changed and self._calls > self._most_calls:
             norms = self._measure()
             changed = self._norms is not None and norms != self._norms
