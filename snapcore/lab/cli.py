@@ -198,6 +198,9 @@ def select(
     """Choose, weight and calibrate members on the held-out images, and write recipe.json."""
     if by not in WAYS:
         raise typer.BadParameter(f"must be one of {', '.join(WAYS)}, got {by}", param_hint="--by")
+    if rule not in RULES:
+        raise typer.BadParameter(f"rule must be one of {', '.join(RULES)}, got {rule}", param_hint="--rule")
+    refuse_foreign(run, [RECIPE])
     if trust_model or model is not None:
         _import_from_here()
     recipe, report = select_members(
@@ -211,7 +214,6 @@ def select(
         trust_model=trust_model,
         device=device,
     )
-    refuse_foreign(run, [RECIPE])
     recipe.save(run / RECIPE)
     for line in describe_recipe(recipe, report):
         _print(line)

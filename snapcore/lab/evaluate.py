@@ -129,10 +129,7 @@ def keep_predictions(
     Raises:
         StoreError, DataError: as for `evaluate`, or nothing was kept back.
     """
-    job = load_job(directory)
-    _refuse_models([directory], [job], model, trust_model)
-    dataset, store = job.dataset(data_dir), SnapshotStore(directory)
-    _compare_images(store, job, dataset, moved=data_dir is not None)
+    store, job, dataset = _opened(directory, data_dir, model, trust_model)
     found = predictions_of(store, job, dataset, split, device=device)
     return predictions_file(store, split), found.shape
 
@@ -170,10 +167,7 @@ def select_members(
     Raises:
         StoreError, DataError: as for `evaluate`, or nothing was kept back.
     """
-    job = load_job(directory)
-    _refuse_models([directory], [job], model, trust_model)
-    dataset, store = job.dataset(data_dir), SnapshotStore(directory)
-    _compare_images(store, job, dataset, moved=data_dir is not None)
+    store, job, dataset = _opened(directory, data_dir, model, trust_model)
     held_out = predictions_of(store, job, dataset, "held-out", device=device)
     test = predictions_of(store, job, dataset, device=device)
     recipe = _worthwhile(directory, _FITS[by](held_out, size), held_out)
@@ -191,6 +185,17 @@ def select_members(
     if recipe.fitted is not None:
         recipe = replace(recipe, fitted=replace(recipe.fitted, test=equal["nll"] - chosen["nll"]))
     return recipe, report
+
+
+def _opened(
+    directory: Path, data_dir: Path | None, model: str | None, trusted: bool
+) -> tuple[SnapshotStore, Job, Dataset]:
+    """Return a run, its job and its data, once they are known to fit together."""
+    job = load_job(directory)
+    _refuse_models([directory], [job], model, trusted)
+    dataset, store = job.dataset(data_dir), SnapshotStore(directory)
+    _compare_images(store, job, dataset, moved=data_dir is not None)
+    return store, job, dataset
 
 
 _FITS: Mapping[str, Callable[[Predictions, int], Recipe]] = {

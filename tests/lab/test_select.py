@@ -178,6 +178,7 @@ def test_nothing_is_selected_without_images_kept_back(cli, finished, here):
 def test_what_select_does_not_know_is_refused(cli, here, many):
     run = copy_of(many, here / "run")
     assert "must be one of select, weights, equal, got best" in cli("select", run, "--by", "best").refusal
+    assert "must be one of probability, margin, interval, got luck" in cli("select", run, "--rule", "luck").refusal
     assert "rule must be one of" in cli("select", run, "--tolerance", "1", "--rule", "best").refusal
     assert "--tolerance" in cli("select", run, "--tolerance", "-1").refusal
     assert "split must be one of test, held-out, got 'train'" in cli("predict", run, "--split", "train").refusal
@@ -185,6 +186,14 @@ def test_what_select_does_not_know_is_refused(cli, here, many):
     assert "recipe.json is not snapcore's, and is not replaced" in cli("select", run).refusal
     assert (run / "recipe.json").read_text() == "mine"
     assert "holds no job.json" in cli("select", here / "nothing").refusal
+
+
+def test_somebodys_own_recipe_is_refused_before_anything_is_fitted(cli, here, many, monkeypatch):
+    run = copy_of(many, here / "run")
+    (run / "recipe.json").write_text("flour, water, salt")
+    monkeypatch.setattr("snapcore.lab.cli.select_members", None)  # which is not called
+    assert "recipe.json is not snapcore's, and is not replaced" in cli("select", run).refusal
+    assert (run / "recipe.json").read_text() == "flour, water, salt"
 
 
 def test_a_run_that_cannot_be_written_to_is_evaluated_all_the_same(here, many):
