@@ -9,6 +9,7 @@ from snapcore.protocol import Cursor
 Batch = TypeVar("Batch")
 
 _INNER = ("sampler", "batch_sampler", "dataset", "base_dataloader", "dataloader", "loader", "_loader")
+_MOST_PARTS = 20
 _END: Any = object()
 _MOST_MICRO_BATCHES = 1000
 """Batches, all of them recorded, without an update: an update may take several epochs of a small data set."""
@@ -167,12 +168,17 @@ class Epochs:
         return batches
 
 
-def with_epochs(loader: object, depth: int = 4) -> list[Any]:
+def with_epochs(loader: object) -> list[Any]:
     """Return what is given the number of an epoch before it begins: a loader and its parts that have `set_epoch`."""
-    found: list[Any] = [loader] if callable(getattr(loader, "set_epoch", None)) else []
-    if depth:
+    return [each for each in parts(loader) if callable(getattr(each, "set_epoch", None))]
+
+
+def parts(loader: object) -> list[Any]:
+    """Return a loader, the loaders that it wraps, and their samplers and data sets, each once."""
+    found = [loader]
+    for each in found:  # which grows
         for name in _INNER:
-            inner = getattr(loader, name, None)
-            if inner is not None and inner is not loader:
-                found += [each for each in with_epochs(inner, depth - 1) if not any(each is known for known in found)]
+            inner = getattr(each, name, None)
+            if inner is not None and len(found) < _MOST_PARTS and not any(inner is known for known in found):
+                found.append(inner)
     return found

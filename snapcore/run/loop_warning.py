@@ -5,11 +5,11 @@ import warnings
 
 from snapcore.errors import CycleWarning
 
-_ENTRIES = ("Recorder.record", "Recorder.finish")
+_ENTRIES = ("Recorder.record", "Recorder.finish", "Recorder.batches", "Recorder.epochs_of")
 
 
-def warn_at_loop(message: str) -> None:
-    """Warn with a `CycleWarning` that points at the line of the loop that has called snapcore."""
+def warn_at_loop(message: str, category: type[UserWarning] = CycleWarning) -> None:
+    """Warn so that the warning points at the line of the loop that has called snapcore."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_qualname not in _ENTRIES:
         frame, level = frame.f_back, level + 1
@@ -18,4 +18,4 @@ def warn_at_loop(message: str) -> None:
     frame, level = frame.f_back or frame, level + 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("snapcore"):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, CycleWarning, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)

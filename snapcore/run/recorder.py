@@ -16,6 +16,7 @@ from snapcore.errors import ProtocolError
 from snapcore.protocol import FINISHED, NOTHING, Cursor, Event, Program, Restart, Snapshot, Stop, as_program
 from snapcore.run.batches import EpochBatches
 from snapcore.run.group import Alone, Group, in_first
+from snapcore.run.kept_workers import warn_of_kept_workers
 from snapcore.run.loop_warning import warn_at_loop
 from snapcore.run.points import ResumePoints
 from snapcore.run.resume import last_step, open_run
@@ -240,6 +241,7 @@ class Recorder:
 
         See `Epochs.walk`.
         """
+        warn_of_kept_workers(loader)
         return self.epochs.walk(loader, stateful=stateful)
 
     def epochs_of(
@@ -249,6 +251,7 @@ class Recorder:
 
         See `Epochs.epochs`.
         """
+        warn_of_kept_workers(loader)
         return self.epochs.epochs(loader, stateful=stateful)
 
     def save_point(self) -> None:

@@ -398,3 +398,35 @@ def test_a_generator_is_found_however_deep_its_loader_is_wrapped(tmp_path, depth
         return loader
 
     check(tmp_path, make, [3, 7])
+
+
+@pytest.mark.parametrize("cure", ["generator=", "new workers"])
+def test_a_kept_loader_that_evaluates_is_told_of_and_what_the_warning_says_makes_the_run_exact(tmp_path, cure):
+    """Kept workers draw their seed on the first walk alone: in a resumed process, where the whole run drew none."""
+
+    def train(directory, options, stop_at=None, *, first=False):
+        scrambled()
+        loader = HERE["shuffled"]()
+        if first:
+            seed_all(loader)
+        evaluating = DataLoader(Augmented(), BATCH, num_workers=1, multiprocessing_context="fork", **options)
+        model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Linear(8, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with SnapshotRun(directory, CYCLES, model, optimizer) as run:
+            for _, batches in run.epochs(loader):
+                for x in batches:
+                    optimizer.zero_grad()
+                    model(x).square().mean().backward()
+                    optimizer.step()
+                    run.step()
+                    if run.updates == stop_at:
+                        return
+                list(evaluating)
+
+    with pytest.warns(UserWarning, match=r"Give it generator=torch.Generator\(\), or leave that out"):
+        train(tmp_path / "told", {"persistent_workers": True}, 1)
+    options = {"persistent_workers": True, "generator": torch.Generator()} if cure == "generator=" else {}
+    train(tmp_path / "whole", options, first=True)
+    train(tmp_path / "parts", options, 7, first=True)
+    train(tmp_path / "parts", options)
+    assert members(tmp_path / "parts") == members(tmp_path / "whole")
