@@ -1,5 +1,6 @@
 """What `torchrun` starts for the tests: torchrun_script.py FOLDER SCENARIO … Each process leaves FOLDER/rank.json."""
 
+import gc
 import json
 import os
 import signal
@@ -282,6 +283,9 @@ def main(folder, *scenarios):
     for scenario in scenarios:
         results |= globals()[scenario](Path(folder)) or {}
         Path(folder, f"{rank}.json").write_text(json.dumps(results))
+    # A DistributedDataParallel in a cycle keeps the group, and so gloo's threads, until the interpreter has stopped: a
+    # thread that then frees a tensor aborts the process (pytorch/pytorch#179291).
+    gc.collect()
     dist.destroy_process_group()
 
 
