@@ -27,7 +27,7 @@ from snapcore.protocol import (
     program,
     program_from_dict,
 )
-from snapcore.schedule import CosineCycles, Schedule, StepDecay, schedule_from_dict
+from snapcore.schedule import CosineCycles, Cycles, Schedule, StepDecay, register_shape, schedule_from_dict
 
 __version__ = "0.1.0"
 
@@ -38,6 +38,7 @@ __all__ = [
     "CosineCycles",
     "Cursor",
     "CycleWarning",
+    "Cycles",
     "DataError",
     "DivergedError",
     "Program",
@@ -53,5 +54,6 @@ __all__ = [
     "Train",
     "program",
     "program_from_dict",
+    "register_shape",
     "schedule_from_dict",
 ]

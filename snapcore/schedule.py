@@ -8,6 +8,7 @@ Steps count optimizer updates that are already done (0-based); the paper's t is 
 Only the standard library is imported here.
 """
 
+import bisect
 import functools
 import math
 import operator
@@ -20,8 +21,10 @@ from snapcore.errors import CycleWarning, ScheduleError
 
 Remainder = Literal["paper", "even"]
 
-_ANNEALED = 0.01  # the most that is left of lr - lr_min at the end of an annealing
-_SHORTEST = 16  # the shortest cycle that anneals so far: its last rate is sin²(π/2L) of the way up
+_LONGEST = 2**20  # of the cycles among which one that anneals so far is looked for
+_FALL = 0.01  # what an exponential cycle falls to, before it is shifted to end at 0
+_PROBES, _NOISE = 100, 1e-9  # where a shape is looked at: 0, 1/100 … 1; and what rounding may do to it
+_ANNEALED = 0.01 + _NOISE  # the most that is left of lr - lr_min at the end of an annealing
 
 # No training reaches these, so that a schedule read from a forged file costs neither time nor memory. Python's floats
 # count to 2⁵³, and a run directory holds a million members.
@@ -155,8 +158,154 @@ class Schedule:
         self._set(lr=lr, steps=steps)
 
 
+Shape = Callable[[Any, Ops], Any]
+"""f(u, ops), which falls from 1 at u = 0 to 0 at u = 1; written over `ops` and arithmetic, so that it can be traced."""
+
+
+def _linear(u: Any, _: Ops) -> Any:
+    return 1.0 - u
+
+
+def _exponential(u: Any, _: Ops) -> Any:
+    return (_FALL**u - _FALL) / (1.0 - _FALL)
+
+
+_SHAPES: dict[str, Shape] = {"linear": _linear, "exponential": _exponential}
+
+
+def register_shape(name: str, shape: Shape) -> None:
+    """Give a shape of your own a name, by which `Cycles` finds it and a run directory keeps it.
+
+    Arguments:
+        name: not that of another shape; the same shape may be registered again.
+        shape: f(u, ops), as for `Cycles`.
+
+    Raises:
+        ScheduleError: the name is taken, or the shape does not fall from 1 to 0.
+
+    Example:
+        >>> register_shape("quadratic", lambda u, ops: (1 - u) * (1 - u))
+        >>> Cycles("quadratic", lr=0.4, steps=300, cycles=2)(75)
+        0.1
+    """
+    _check_shape(shape)
+    taken = name == "cosine" or _SHAPES.get(name, shape) is not shape
+    _require(not taken, f"shape {name!r} is taken: choose another name")
+    _SHAPES[name] = shape
+
+
+class _Annealing(Schedule):
+    """Cycles from `lr` down to just above `lr_min`, whatever their shape; a subclass defines `_above`."""
+
+    cycles: int
+    lr_min: float
+    warmup_steps: int
+    remainder: Remainder
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        made, final, left = self._ending(self.steps - self.warmup_steps)
+        left = left if self.lr > self.lr_min else 0.0
+        if self.remainder == "even" or (made == self.cycles and left <= _ANNEALED):
+            return
+        long, shortest = self._layout[0], self._shortest
+        start = max(self.steps - self.warmup_steps, shortest * self.cycles)
+        near = (n for distance in range(self.cycles + 1) for n in (start - distance, start + distance))
+        fit = self.warmup_steps + next(n for n in near if self._anneals(n))
+        if made == self.cycles and final == long:
+            problem = (
+                f"makes cycles of length {long}, which end {left:.1%} above lr_min; {shortest} updates or more end "
+                f"within {_ANNEALED:.0%}: the nearest steps are {fit}"
+            )
+        else:
+            missing = f"only {made} run, and " if made < self.cycles else ""
+            even = ', or pass remainder="even"' if long >= shortest else ""
+            problem = (
+                f"does not fit {self.cycles} cycles: {missing}the last, {final} of {long} updates, ends {left:.0%} "
+                f"above lr_min; the nearest steps that fit are {fit}{even}"
+            )
+        warnings.warn(f"steps={self.steps} {problem}", CycleWarning, stacklevel=3)
+
+    def _formula(self, ops: Ops) -> Callable[[Any], Any]:
+        where, mod, real = ops.where, ops.mod, ops.real
+        warmup, lr, floor = self.warmup_steps, self.lr, self.lr_min
+        long, short, split = self._layout
+        middle = warmup + split
+        height = self._above(ops, lr - floor)
+
+        def annealed(step: Any) -> Any:
+            if middle == self.steps:
+                k, length = mod(step - warmup if warmup else step, long), long
+            else:
+                first = step < middle
+                length = where(first, long, short)
+                k, length = mod(step - where(first, warmup, middle), length), real(length)
+            above = height(real(k), length)
+            return floor + above if floor else above
+
+        def rate(step: Any) -> Any:
+            return where(step < warmup, lr * real(step + 1) / (warmup + 1), annealed(step))
+
+        return rate if warmup else annealed
+
+    def _above(self, ops: Ops, span: float) -> Callable[[Any, Any], Any]:
+        """Return the function (k, length) -> what update k of a cycle is above the floor, of `span` at its start."""
+        raise NotImplementedError
+
+    def cycle_at(self, step: int) -> int:
+        long, short, split = self._layout
+        k = min(_update_count(step), self.steps - 1) - self.warmup_steps
+        return max(k, 0) // long if k < split else split // long + (k - split) // short
+
+    @functools.cached_property
+    def cycle_starts(self) -> tuple[int, ...]:
+        long, short, split = self._layout
+        begin, middle = self.warmup_steps, self.warmup_steps + split
+        return (*range(begin, middle, long), *range(middle, self.steps, short))
+
+    @functools.cached_property
+    def _layout(self) -> tuple[int, int, int]:
+        """Cycles of `long` updates fill the first `split` updates after the warm-up; of `short`, the rest."""
+        updates = self.steps - self.warmup_steps
+        short, longer = divmod(updates, self.cycles)
+        long = short + (longer > 0)
+        return long, short, updates if self.remainder == "paper" or not longer else longer * long
+
+    def _ending(self, updates: int) -> tuple[int, int, float]:
+        """Return how equation 2 ends: the cycles made, the last one's length, and the share of lr - lr_min left."""
+        long = -(-updates // self.cycles)
+        made = -(-updates // long)
+        final = updates - (made - 1) * long
+        return made, final, self._share(final - 1, long)
+
+    def _anneals(self, updates: int) -> bool:
+        made, _, left = self._ending(updates)
+        return made == self.cycles and left <= _ANNEALED
+
+    def _share(self, k: int, length: int) -> float:
+        return self._above(_Python(), 1.0)(float(k), length)  # type: ignore[no-any-return]
+
+    @property
+    def _shortest(self) -> int:
+        """The shortest cycle that anneals far enough: of a cosine 16, whose last rate is sin²(π/32) of the way up."""
+        lengths = range(1, _LONGEST + 1)
+        return 1 + bisect.bisect_left(lengths, -_ANNEALED, key=lambda length: -self._share(length - 1, length))
+
+    def _check(self) -> None:
+        super()._check()
+        lr_min, steps = _rate_value("lr_min", self.lr_min), self.steps
+        cycles, warmup = _whole("cycles", self.cycles), _whole("warmup_steps", self.warmup_steps)
+        _require(lr_min <= self.lr, f"lr_min must be in 0..lr={self.lr}, got {lr_min}")
+        _require(0 <= warmup < steps, f"warmup_steps must be in 0..steps-1={steps - 1}, got {warmup}")
+        room = f"steps={steps}" if warmup == 0 else f"steps-warmup_steps={steps - warmup}"
+        _require(1 <= cycles <= steps - warmup, f"cycles must be in 1..{room}, got {cycles}")
+        choices = get_args(Remainder)
+        _require(self.remainder in choices, f"remainder must be one of {choices}, got {self.remainder!r}")
+        self._set(lr_min=lr_min, cycles=cycles, warmup_steps=warmup)
+
+
 @dataclass(frozen=True)
-class CosineCycles(Schedule):
+class CosineCycles(_Annealing):
     """Anneal the rate along M cosine cycles, each from `lr` down to just above `lr_min`.
 
     Equation 2 of the paper, with α0 = `lr`, T = `steps`, M = `cycles` and L = ⌈T/M⌉:
@@ -201,82 +350,77 @@ class CosineCycles(Schedule):
     warmup_steps: int = 0
     remainder: Remainder = "paper"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        made, final, left = _ending(self.steps - self.warmup_steps, self.cycles)
-        left = left if self.lr > self.lr_min else 0.0
-        if self.remainder == "even" or (made == self.cycles and left <= _ANNEALED):
-            return
-        long = self._layout[0]
-        start = max(self.steps - self.warmup_steps, _SHORTEST * self.cycles)
-        near = (n for distance in range(self.cycles + 1) for n in (start - distance, start + distance))
-        fit = self.warmup_steps + next(n for n in near if _anneals(n, self.cycles))
-        if made == self.cycles and final == long:
-            problem = (
-                f"makes cycles of length {long}, which end {left:.1%} above lr_min; {_SHORTEST} updates or more end "
-                f"within {_ANNEALED:.0%}: the nearest steps are {fit}"
-            )
-        else:
-            missing = f"only {made} run, and " if made < self.cycles else ""
-            even = ', or pass remainder="even"' if long >= _SHORTEST else ""
-            problem = (
-                f"does not fit {self.cycles} cycles: {missing}the last, {final} of {long} updates, ends {left:.0%} "
-                f"above lr_min; the nearest steps that fit are {fit}{even}"
-            )
-        warnings.warn(f"steps={self.steps} {problem}", CycleWarning, stacklevel=3)
+    def _above(self, ops: Ops, span: float) -> Callable[[Any, Any], Any]:
+        return _cosine(ops, span)
 
-    def _formula(self, ops: Ops) -> Callable[[Any], Any]:
-        where, mod, real = ops.where, ops.mod, ops.real
-        warmup, lr, pi = self.warmup_steps, self.lr, math.pi
-        long, short, split = self._layout
-        middle = warmup + split
-        floor, half = self.lr_min, (self.lr - self.lr_min) / 2
 
-        def annealed(step: Any) -> Any:
-            if middle == self.steps:
-                k, length = mod(step - warmup if warmup else step, long), long
-            else:
-                first = step < middle
-                length = where(first, long, short)
-                k, length = mod(step - where(first, warmup, middle), length), real(length)
-            above = half * (ops.cos(pi * real(k) / length) + 1)
-            return floor + above if floor else above
+@dataclass(frozen=True)
+class Cycles(_Annealing):
+    """Anneal the rate along M cycles of any shape, the paper's general form: α(t) = f(mod(t−1, ⌈T/M⌉)).
 
-        def rate(step: Any) -> Any:
-            return where(step < warmup, lr * real(step + 1) / (warmup + 1), annealed(step))
+    Update k of a cycle of L has the rate lr_min + (lr − lr_min) · f(k/L), after a warm-up as in `CosineCycles`.
 
-        return rate if warmup else annealed
+    Arguments:
+        shape: `"cosine"`, which is `CosineCycles` to the last bit; `"linear"`, 1 − u; `"exponential"`, which falls by a
+            factor of 100 and is shifted to end at 0; a name given by `register_shape`; or a function f(u, ops) that
+            falls from 1 at u = 0 to 0 at u = 1, written over arithmetic and `ops` (see `Ops`) alone, so that every
+            framework can trace it. Only a name can be kept in a run directory.
+        lr: as for `CosineCycles`, as the others.
+        steps: optimizer updates in all.
+        cycles: M.
+        lr_min: the rate a cycle anneals towards.
+        warmup_steps: updates of linear warm-up.
+        remainder: `"paper"` or `"even"`.
 
-    def cycle_at(self, step: int) -> int:
-        long, short, split = self._layout
-        k = min(_update_count(step), self.steps - 1) - self.warmup_steps
-        return max(k, 0) // long if k < split else split // long + (k - split) // short
+    Raises:
+        ScheduleError: no such shape, one that does not fall from 1 to 0, or a value out of range.
 
-    @functools.cached_property
-    def cycle_starts(self) -> tuple[int, ...]:
-        long, short, split = self._layout
-        begin, middle = self.warmup_steps, self.warmup_steps + split
-        return (*range(begin, middle, long), *range(middle, self.steps, short))
+    Warns:
+        CycleWarning: as for `CosineCycles`. A linear cycle ends within 1 % from 100 updates on.
 
-    @functools.cached_property
-    def _layout(self) -> tuple[int, int, int]:
-        """Cycles of `long` updates fill the first `split` updates after the warm-up; of `short`, the rest."""
-        updates = self.steps - self.warmup_steps
-        short, longer = divmod(updates, self.cycles)
-        long = short + (longer > 0)
-        return long, short, updates if self.remainder == "paper" or not longer else longer * long
+    Example:
+        >>> cycles = Cycles("linear", lr=0.2, steps=600, cycles=6)
+        >>> cycles(0), cycles(50), cycles(100)
+        (0.2, 0.1, 0.2)
+
+    Source: Huang et al., Snapshot Ensembles: Train 1, Get M for Free, ICLR 2017, equation 1.
+    """
+
+    shape: str | Shape
+    lr: float
+    steps: int
+    cycles: int
+    _: KW_ONLY
+    lr_min: float = 0.0
+    warmup_steps: int = 0
+    remainder: Remainder = "paper"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the schedule as plain JSON, for `schedule_from_dict`.
+
+        Raises:
+            ScheduleError: the shape has no name, or there are more than a million snapshots.
+        """
+        _require(
+            isinstance(self.shape, str),
+            "a shape needs a name to be kept in a run: register_shape('mine', f), and Cycles('mine', …)",
+        )
+        return super().to_dict()
+
+    def _above(self, ops: Ops, span: float) -> Callable[[Any, Any], Any]:
+        if self.shape == "cosine":
+            return _cosine(ops, span)
+        shape = _SHAPES[self.shape] if isinstance(self.shape, str) else self.shape
+        return lambda k, length: span * shape(1.0 * k / length, ops)
 
     def _check(self) -> None:
+        if callable(self.shape):
+            _check_shape(self.shape)
+        else:
+            names = ("cosine", *_SHAPES)
+            cure = f"one of {', '.join(names)}, or a function f(u, ops); register_shape gives yours a name"
+            _require(isinstance(self.shape, str) and self.shape in names, f"shape must be {cure}; got {self.shape!r}")
         super()._check()
-        lr_min, steps = _rate_value("lr_min", self.lr_min), self.steps
-        cycles, warmup = _whole("cycles", self.cycles), _whole("warmup_steps", self.warmup_steps)
-        _require(lr_min <= self.lr, f"lr_min must be in 0..lr={self.lr}, got {lr_min}")
-        _require(0 <= warmup < steps, f"warmup_steps must be in 0..steps-1={steps - 1}, got {warmup}")
-        room = f"steps={steps}" if warmup == 0 else f"steps-warmup_steps={steps - warmup}"
-        _require(1 <= cycles <= steps - warmup, f"cycles must be in 1..{room}, got {cycles}")
-        choices = get_args(Remainder)
-        _require(self.remainder in choices, f"remainder must be one of {choices}, got {self.remainder!r}")
-        self._set(lr_min=lr_min, cycles=cycles, warmup_steps=warmup)
 
 
 @dataclass(frozen=True)
@@ -357,7 +501,7 @@ def schedule_from_dict(values: Mapping[str, Any]) -> Schedule:
         >>> schedule_from_dict(StepDecay(lr=0.1, steps=4).to_dict()) == StepDecay(lr=0.1, steps=4)
         True
     """
-    kinds: dict[Any, type[Schedule]] = {kind.__name__: kind for kind in (CosineCycles, StepDecay)}
+    kinds: dict[Any, type[Schedule]] = {kind.__name__: kind for kind in (CosineCycles, Cycles, StepDecay)}
     kind = values.get("kind")
     _require(isinstance(kind, str) and kind in kinds, f"kind must be one of {sorted(kinds)}, got {kind!r}")
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name != "kind"}
@@ -370,17 +514,27 @@ def schedule_from_dict(values: Mapping[str, Any]) -> Schedule:
     return schedule
 
 
-def _ending(updates: int, cycles: int) -> tuple[int, int, float]:
-    """Return how equation 2 ends: the cycles made, the last one's length, and the share of lr - lr_min left there."""
-    long = -(-updates // cycles)
-    made = -(-updates // long)
-    final = updates - (made - 1) * long
-    return made, final, (math.cos(math.pi * (final - 1) / long) + 1) / 2
+def _cosine(ops: Ops, span: float) -> Callable[[Any, Any], Any]:
+    half, cos, pi = span / 2, ops.cos, math.pi
+    return lambda k, length: half * (cos(pi * k / length) + 1)
 
 
-def _anneals(updates: int, cycles: int) -> bool:
-    made, _, left = _ending(updates, cycles)
-    return made == cycles and left <= _ANNEALED
+def _check_shape(shape: Shape) -> None:
+    """Raise `ScheduleError` unless a function falls from 1 to 0."""
+    _require(callable(shape), f"shape must be a function f(u, ops), got {shape!r}")
+    values = [_shape_value(shape, k / _PROBES) for k in range(_PROBES + 1)]
+    ends = math.isclose(values[0], 1.0) and math.isclose(values[-1], 0.0, abs_tol=_NOISE)
+    _require(ends, f"shape must fall from 1 at u=0 to 0 at u=1, got {values[0]:g} and {values[-1]:g}: scale it")
+    rises = [k / _PROBES for k in range(_PROBES) if values[k + 1] > values[k] + _NOISE]
+    _require(not rises, f"shape must not rise, got a rise after u={rises[:1]}")
+    left = _shape_value(shape, 1 - 1 / _LONGEST)
+    _require(left <= _ANNEALED, f"shape must come near 0 before u=1, got {left:g} at the end of {_LONGEST} updates")
+
+
+def _shape_value(shape: Shape, u: float) -> float:
+    value = shape(u, _Python())
+    _require(isinstance(value, float | int) and math.isfinite(value), f"shape must give a number, got {value!r} at {u}")
+    return float(value)
 
 
 def _require(holds: bool, message: str) -> None:

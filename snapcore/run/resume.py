@@ -38,6 +38,7 @@ def open_run(
     Raises:
         StoreError, CorruptSnapshotError: see `Recorder`.
     """
+    described = program.to_dict()  # what cannot be kept is refused before the disk is touched
     resumed_elsewhere = at is not None and at.step > 0
     if not resume and not resumed_elsewhere and (directory / MANIFEST).exists():
         move_aside(directory)
@@ -49,7 +50,7 @@ def open_run(
                     f"{directory} has a resume point, but {MANIFEST} knows of no run: restore that, or choose another "
                     "directory"
                 )
-            store.describe(program=program.to_dict())
+            store.describe(program=described)
         if store.stopped is not None and not resumed_elsewhere:
             store.clear_point()  # a kill may have come between the manifest and this
             held = f"a run that is {store.stopped} ({len(store.members)} members)"

@@ -442,8 +442,13 @@ def test_numpy_s_numbers_become_python_s():
 
 
 def test_a_base_schedule_leaves_its_formula_to_a_subclass():
-    bare = Schedule()
-    for ask in (lambda: bare._formula(NUMPY), lambda: bare.cycle_at(0), lambda: bare.cycle_starts):
+    bare, shapeless = Schedule(), object.__new__(CosineCycles.__base__)
+    for ask in (
+        lambda: bare._formula(NUMPY),
+        lambda: bare.cycle_at(0),
+        lambda: bare.cycle_starts,
+        lambda: shapeless._above(NUMPY, 1.0),
+    ):
         with pytest.raises(NotImplementedError):
             ask()
 
@@ -540,7 +545,7 @@ GOOD = CosineCycles(0.1, 32, 2).to_dict()
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "kind must be one of ['CosineCycles', 'StepDecay'], got None"),
+        ({}, "kind must be one of ['CosineCycles', 'Cycles', 'StepDecay'], got None"),
         ({**GOOD, "kind": "Schedule"}, "got 'Schedule'"),
         ({**GOOD, "kind": ["CosineCycles"]}, "kind must be one of"),
         ({**GOOD, "kind": "StepDecay"}, "StepDecay takes"),

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from snapcore import CosineCycles, CycleWarning, ScheduleError, StepDecay
+from snapcore import CosineCycles, Cycles, CycleWarning, ScheduleError, StepDecay
 from snapcore_jax.schedule import snapshot_schedule
 
 CYCLES = CosineCycles(lr=0.1, steps=60, cycles=3)
@@ -22,6 +22,9 @@ SCHEDULES = [
     CosineCycles(lr=0.1, steps=62, cycles=5, lr_min=0.1, warmup_steps=1, remainder="even"),
     StepDecay(lr=0.1, steps=60),
     StepDecay(lr=0.1, steps=60, milestones=(), snapshots=3),
+    Cycles("exponential", lr=0.1, steps=62, cycles=5, warmup_steps=1, remainder="even"),
+    Cycles("linear", lr=0.1, steps=60, cycles=1),
+    Cycles(lambda u, ops: ops.where(u < 0.5, 1 - u, ops.cos(math.pi * u) / 2 + 0.5), lr=0.1, steps=60, cycles=3),
 ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from snapcore import CosineCycles, CycleWarning, ProtocolError, ScheduleError, StepDecay, program
+from snapcore import CosineCycles, Cycles, CycleWarning, ProtocolError, ScheduleError, StepDecay, program
 from snapcore_keras.schedule import SnapshotSchedule, check_rate, give_schedule, given_schedule, set_accumulation
 
 CYCLES = CosineCycles(lr=0.1, steps=60, cycles=3)
@@ -39,6 +39,20 @@ def test_rates_are_the_cores_up_to_the_rounding_of_float32(seed):
     rate = SnapshotSchedule(schedule)
     for step in (0, schedule.steps - 1, schedule.steps, schedule.steps + 7, *(draw.randrange(schedule.steps),) * 4):
         assert abs(float(rate(step)) - schedule(step)) <= 4e-7 * schedule.lr
+
+
+def two_parts(u, ops):
+    return ops.where(u < 0.5, 1 - u, ops.cos(math.pi * u) / 2 + 0.5)
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "exponential", two_parts])
+@pytest.mark.parametrize("options", [{}, {"lr_min": 0.01, "warmup_steps": 7, "remainder": "even"}], ids=["", "options"])
+def test_cycles_of_any_shape_have_the_cores_rates(shape, options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CycleWarning)
+        schedule = Cycles(shape, lr=0.1, steps=107, cycles=4, **options)
+    rate = SnapshotSchedule(schedule)
+    assert [float(rate(step)) for step in range(107)] == pytest.approx([*map(schedule, range(107))], abs=1e-7)
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
