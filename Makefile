@@ -16,7 +16,7 @@ THREADED := tests/jax tests/keras tests/tensorflow tests/parity tests/lab tests/
   tests/conformance/test_jax.py tests/conformance/test_keras.py tests/conformance/test_tensorflow.py
 FORKING := tests $(addprefix --ignore=,$(CORE) $(THREADED))
 
-.PHONY: demo test exhaustive durability fuzz lint bench gpu docs clean
+.PHONY: demo test exhaustive durability statistics fuzz lint bench gpu docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/snapcore train
@@ -46,6 +46,10 @@ versions:
 
 durability: $(VENV)/.test
 	SNAPCORE_KILLS=100 SNAPCORE_DAMAGE=10000 $(ONE_THREAD) $(BIN)/python -m pytest tests/durability -n 2 -q $(ARGS)
+
+# What intervals and verdicts promise, simulated twenty times as often as in the tests.
+statistics: $(VENV)/.test
+	SNAPCORE_SIMULATIONS=20000 $(ONE_THREAD) $(PYTEST) -q --timeout 3600 tests/core/test_verdict.py $(ARGS)
 
 fuzz: $(VENV)/.test
 	$(ONE_THREAD) $(BIN)/python -m tests.fuzz $(ARGS)

@@ -8,7 +8,6 @@ Steps count optimizer updates that are already done (0-based); the paper's t is 
 Only the standard library is imported here.
 """
 
-import bisect
 import functools
 import math
 import operator
@@ -288,8 +287,14 @@ class _Annealing(Schedule):
     @property
     def _shortest(self) -> int:
         """The shortest cycle that anneals far enough: of a cosine 16, whose last rate is sin²(π/32) of the way up."""
-        lengths = range(1, _LONGEST + 1)
-        return 1 + bisect.bisect_left(lengths, -_ANNEALED, key=lambda length: -self._share(length - 1, length))
+        short, enough = 0, _LONGEST
+        while enough - short > 1:
+            middle = (short + enough) // 2
+            if self._share(middle - 1, middle) <= _ANNEALED:
+                enough = middle
+            else:
+                short = middle
+        return enough
 
     def _check(self) -> None:
         super()._check()
