@@ -43,12 +43,27 @@ class Data(Protocol):
 
     @property
     def y(self) -> "NDArray[Any]":
-        """Labels, [examples]."""
+        """Targets: integers [examples, …] for classes, [examples, …, n_classes] or [examples] for the other kinds."""
         ...
 
     @property
     def n_classes(self) -> int:
-        """How many classes there are."""
+        """How many classes there are; for the other kinds, how many labels or values a position has."""
+        ...
+
+    @property
+    def loss(self) -> str:
+        """What to train with: a name in `snapcore.data.LOSSES`."""
+        ...
+
+    @property
+    def ignore(self) -> int | None:
+        """The class number of what counts neither in the loss nor in its mean; None if all do."""
+        ...
+
+    @property
+    def n_outputs(self) -> int:
+        """How many numbers the model gives per position, on the last axis of its outputs."""
         ...
 
     def indices(self, start: int, stop: int) -> "NDArray[np.int64]":
@@ -72,7 +87,8 @@ class Backend(Protocol[State]):
     def init(self) -> Callable[..., State]:
         """Return the state before the first update: `init(model, data, program, *, seed, member=1, **options)`.
 
-        Member k's fresh weights come from (seed, k) alone. Options are the backend's own.
+        The model is built with `data.n_outputs`, and trained with the loss that the data name. Member k's fresh weights
+        come from (seed, k) alone. Options are the backend's own.
         """
         ...
 
@@ -103,7 +119,7 @@ class Backend(Protocol[State]):
         ...
 
     def logits(self, state: State, x: "NDArray[Any]") -> "NDArray[np.float32]":
-        """Return the model's outputs in evaluation mode, [examples, classes]; the state is left alone."""
+        """Return the model's outputs in evaluation mode, [examples, …, n_outputs]; the state is left alone."""
         ...
 
     def refresh(self, state: State, x: "NDArray[Any]") -> State:

@@ -173,6 +173,7 @@ def test_elsewhere_every_model_is_compiled_in_loops(digits):
 def digits_that_call(digits, called):
     class Telling:
         x, y, n_classes = digits.x, digits.y, digits.n_classes
+        loss, ignore, n_outputs = digits.loss, digits.ignore, digits.n_outputs
 
         def indices(self, start, stop):
             called()
