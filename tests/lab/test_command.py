@@ -81,7 +81,10 @@ REFUSED = [
     (["train", "--model", ":mlp"], ["--model :mlp", "package.module:function"]),
     (["train", "--model", ".models:mlp"], ["--model .models:mlp", "package.module:function"]),
     (["train", "--model", "mlp:"], ["--model mlp:", "package.module:function"]),
-    (["train", "--data", "bogus"], ["data must be one of digits, fashion-mnist", "got 'bogus'", "give its directory"]),
+    (
+        ["train", "--data", "bogus"],
+        ["data must be one of digits, digits-dense, fashion-mnist", "got 'bogus'", "give its directory"],
+    ),
     (["train", "--data-dir", "."], ["digits comes with scikit-learn", "another name"]),
     (["train", "--data", "x", "--data-dir", "gone"], ["gone", "does not exist"]),
     (["train", "--backend", "bogus"], ["no backend is called 'bogus'", "torch"]),
