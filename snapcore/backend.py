@@ -5,11 +5,11 @@ is right for frameworks that change tensors in place and for those that cannot. 
 `Backend`; the type checker compares the two.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from snapcore.errors import BackendNotFoundError
+from snapcore.errors import BackendNotFoundError, DataError
 from snapcore.protocol import OptimizerState
 
 if TYPE_CHECKING:
@@ -134,6 +134,48 @@ class Backend(Protocol[State]):
 def resolved(tensors: "Pending | Tensors") -> "Tensors":
     """Return named host arrays: those that a pending copy resolves to, or the ones given."""
     return tensors if isinstance(tensors, Mapping) else tensors.resolve()
+
+
+def targets(data: Data) -> "NDArray[Any]":
+    """Return what the data's loss compares outputs with: class numbers as they are, all else as float32.
+
+    Values come as [examples, …, n_classes], also where `y` is [examples]: with outputs [batch, 1] that would give
+    differences [batch, batch].
+    """
+    if data.loss == "cross-entropy":
+        return data.y
+    return data.y.astype("float32", copy=False).reshape(len(data.y), *(data.y.shape[1:] or (1,)))
+
+
+def check_outputs(data: Data, shape_of: "Callable[[NDArray[Any]], Sequence[int | None]]") -> None:
+    """Check that a model's outputs have a position for each of the data's, and that channels come last.
+
+    Arguments:
+        data: where they are class numbers of whole examples, the loss itself refuses what does not fit.
+        shape_of: returns the shape of the outputs for inputs x, [batch, …]; None where a length is open.
+
+    Raises:
+        DataError: the outputs are no [batch, …, n_outputs].
+    """
+    is_classes = data.loss == "cross-entropy"
+    if is_classes and data.y.ndim == 1:
+        return
+    wanted = (*(data.y.shape[1:] if is_classes else data.y.shape[1:-1]), data.n_outputs)
+    found = tuple(shape_of(data.x[:2]))[1:]
+    if len(found) == len(wanted) and all(size in (None, due) for size, due in zip(found, wanted, strict=True)):
+        return
+    cure = "build it with the number of outputs that it is given"
+    if len(wanted) > 1 and found == (wanted[-1], *wanted[:-1]):
+        axes = ", ".join(map(str, (0, *range(2, len(wanted) + 1), 1)))
+        cure = f"move its axis 1 to the end, as permute({axes}) does"
+    raise DataError(
+        f"the model must return {_shape(wanted)} for loss={data.loss!r} and y of shape {data.y.shape}, got "
+        f"{_shape(found)}: {cure}"
+    )
+
+
+def _shape(sizes: "tuple[int | None, ...]") -> str:
+    return f"[{', '.join(map(str, ('batch', *sizes)))}]"
 
 
 def available_backends() -> dict[str, EntryPoint]:
