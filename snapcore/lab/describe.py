@@ -57,7 +57,8 @@ def describe_predictions(found: Predictions) -> str:
 def describe_recipe(recipe: Recipe, report: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
     """Yield lines about a recipe, and what it does on the test examples."""
     shares = ", ".join(f"{index}: {weight:.3f}" for index, weight in enumerate(recipe.weights, 1) if weight)
-    yield f"weights {shares}; temperature {recipe.temperature:.3f}"
+    probable = "ece" in report["equal"]  # values have no temperature
+    yield f"weights {shares}" + (f"; temperature {recipe.temperature:.3f}" if probable else "")
     unit = "nats" if "nll" in report["equal"] else "of RMSE"
     if recipe.fitted is not None and recipe.fitted.gain is not None:
         yield f"gain on {recipe.fitted.rows} held-out rows ({recipe.fitted.how}): {recipe.fitted.gain:.4f} {unit}"

@@ -88,20 +88,20 @@ def evaluate(
     stores = [SnapshotStore(directory) for directory in directories]
     began = time.perf_counter()
     rows: list[Member] = []
-    arrays: list[Any] = []
-    held_out: list[Any] = []
+    tested: list[Predictions] = []
+    held_out: list[Predictions] = []
     for store, job, dataset in zip(stores, jobs, datasets, strict=True):
         _compare_images(store, job, dataset, moved=data_dir is not None)
         chosen = _chosen(store, finished_members(store), last, members)
         rows += chosen
-        arrays += predictions_of(store, job, dataset, members=chosen, device=device)
+        tested.append(predictions_of(store, job, dataset, members=chosen, device=device))
         if job.held_out:
-            held_out += predictions_of(store, job, dataset, "held-out", members=chosen, device=device)
-    test = as_predictions(first, arrays, first.y_test)
+            held_out.append(predictions_of(store, job, dataset, "held-out", members=chosen, device=device))
+    test = _together(first, tested)
     curve = prefix_curve(test)
     answers = [dataset.y_held_out for dataset in datasets]
-    if len(held_out) == len(arrays) and all(np.array_equal(each, answers[0]) for each in answers):
-        _calibrate(curve, as_predictions(first, held_out, answers[0]), test)
+    if len(held_out) == len(tested) and all(np.array_equal(each, answers[0]) for each in answers):
+        _calibrate(curve, _together(first, held_out), test)
     return {
         **{name: _joined(getattr(job, name) for job in jobs) for name in ("backend", "data", "model", "method")},
         "task": first.kind,
@@ -110,7 +110,12 @@ def evaluate(
         "seconds": round(time.perf_counter() - began, 3),
         "threads": max(threads_of(job.backend) for job in jobs),
         "members": [
-            {"index": member.index, "step": member.step, "lr": member.lr, **_scores_of(test, position)}
+            {
+                "index": member.index,
+                "step": member.step,
+                "lr": member.lr,
+                **score_predictions(_members(test, slice(position, position + 1))),
+            }
             for position, member in enumerate(rows)
         ],
         "ensemble": curve,
@@ -118,8 +123,16 @@ def evaluate(
     }
 
 
-def _scores_of(predictions: Predictions, member: int) -> dict[str, float]:
-    return score_predictions(predictions, weights=np.arange(len(predictions)) == member)
+def _together(dataset: Dataset, parts: Sequence[Predictions]) -> Predictions:
+    """Return the predictions of the members of several runs as one; those of one run stay in their file."""
+    if len(parts) == 1:
+        return parts[0]
+    return as_predictions(dataset, [member for part in parts for member in part], parts[0].labels_of(slice(None)))
+
+
+def _members(predictions: Predictions, which: slice) -> Predictions:
+    """Return the predictions of some of the members."""
+    return Predictions(predictions[which], predictions.labels, kind=predictions.kind, ignore=predictions.ignore)
 
 
 def _spread_correlation(test: Predictions, spread: NDArray[np.float64]) -> dict[str, float | None]:
@@ -261,19 +274,14 @@ def _calibrate(curve: list[dict[str, float]], held_out: Predictions, test: Predi
     for row in curve:
         first = len(test) - int(row["m"])
         try:
-            recipe = fit_temperature(_last(held_out, first))
+            recipe = fit_temperature(_members(held_out, slice(first, None)))
         except RunsOffError:
             continue
         gain = recipe.fitted.gain if recipe.fitted is not None else None
         if held_out.examples < FEW and not (gain or 0.0) > 0:
             continue
-        scores = score_predictions(_last(test, first), temperature=recipe.temperature)
+        scores = score_predictions(_members(test, slice(first, None)), temperature=recipe.temperature)
         row.update(temperature=recipe.temperature, calibrated_nll=scores["nll"])
-
-
-def _last(predictions: Predictions, first: int) -> Predictions:
-    """Return the predictions of the members from the first on."""
-    return Predictions(predictions[first:], predictions.labels, kind=predictions.kind, ignore=predictions.ignore)
 
 
 def _chosen(

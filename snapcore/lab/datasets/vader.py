@@ -49,7 +49,7 @@ class Rated(NamedTuple):
 
 
 def read_vader(path: Path) -> Arrays:
-    """Return texts as signed counts of hashed words and pairs of words, and the mean of each text's ratings.
+    """Return texts as signed counts of hashed words and pairs, each text's of length 1, and the mean of its ratings.
 
     About a fifth is for testing, whole documents at a time: no two parts share a review or an article.
 
@@ -62,7 +62,8 @@ def read_vader(path: Path) -> Arrays:
     rated = read_ratings(path)
     hashing = scikit_learn("feature_extraction.text", "vader").HashingVectorizer
     counts = hashing(n_features=FEATURES, ngram_range=(1, 2), norm=None, dtype=np.float32).transform(rated.texts)
-    x = np.asarray(counts.toarray(), np.float32)
+    x = np.asarray(counts.toarray(), np.float64)
+    x = (x / np.maximum(np.sqrt((x**2).sum(axis=1, keepdims=True)), 1)).astype(np.float32)  # the same everywhere
     _, document = np.unique(rated.documents, return_inverse=True)
     test = (seeded_raw(int(document.max()) + 1) % np.uint64(5) == 0)[document]
     if test.all() or not test.any():
