@@ -7,6 +7,7 @@ is right for frameworks that change tensors in place and for those that cannot. 
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
+from math import log, pi
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from snapcore.errors import BackendNotFoundError, DataError
@@ -145,6 +146,25 @@ def targets(data: Data) -> "NDArray[Any]":
     if data.loss == "cross-entropy":
         return data.y
     return data.y.astype("float32", copy=False).reshape(len(data.y), *(data.y.shape[1:] or (1,)))
+
+
+def negative_log_density(outputs: Any, y: Any, exp: Callable[[Any], Any]) -> Any:
+    """Return −ln N(y; m, e^s) = (s + (y − m)² e^−s + ln 2π) / 2 of each value, in nats, in a framework's own arrays.
+
+    Arguments:
+        outputs: the means m, then the ln variances s, [..., 2 · values].
+        y: the targets, [..., values].
+        exp: the framework's.
+
+    Example:
+        >>> import numpy as np
+        >>> found = negative_log_density(np.array([[3.0, np.log(4.0)]]), np.array([[1.0]]), np.exp)
+        >>> bool(np.isclose(found, -np.log(np.exp(-1 / 2) / np.sqrt(2 * np.pi * 4))).all())
+        True
+    """
+    values = outputs.shape[-1] // 2
+    mean, log_variance = outputs[..., :values], outputs[..., values:]
+    return (log_variance + (y - mean) ** 2 * exp(-log_variance) + log(2 * pi)) / 2
 
 
 def check_outputs(data: Data, shape_of: "Callable[[NDArray[Any]], Sequence[int | None]]") -> None:

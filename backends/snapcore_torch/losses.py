@@ -1,12 +1,13 @@
 """The losses of managed runs, each the mean over all that counts; outputs are [batch, …, n_outputs], channels last."""
 
 import functools
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from snapcore.backend import negative_log_density
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -50,8 +51,7 @@ def gaussian_nll(outputs: Tensor, targets: Tensor) -> Tensor:
         outputs: means, then ln variances, [batch, …, 2 · values].
         targets: [batch, …, values].
     """
-    mean, log_variance = _wide(outputs).chunk(2, -1)
-    return (log_variance + (targets - mean).square() * (-log_variance).exp() + math.log(2 * math.pi)).mean() / 2
+    return torch.mean(negative_log_density(_wide(outputs), targets, torch.exp))
 
 
 def _wide(outputs: Tensor) -> Tensor:

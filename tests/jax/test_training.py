@@ -16,9 +16,10 @@ from jax import lax
 from snapcore import CosineCycles, Program, StepDecay
 from snapcore.data import TrainingData
 from snapcore_jax.backend import JaxBackend
+from snapcore_jax.losses import cross_entropy
 from snapcore_jax.state import named_leaves
 from snapcore_jax.training import CHUNK
-from snapcore_jax.updates import Sgd, cross_entropy
+from snapcore_jax.updates import Sgd
 
 BACKEND = JaxBackend()
 CYCLES = CosineCycles(lr=0.05, steps=240, cycles=3)

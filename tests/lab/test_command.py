@@ -74,7 +74,7 @@ WRONG = [
 
 REFUSED = [
     (["train", "--method", "bogus"], ["method must be one of single, cosine", "got 'bogus'"]),
-    (["train", "--model", "bogus"], ["model must be one of ['cnn', 'mlp'] or a function", "got 'bogus'"]),
+    (["train", "--model", "bogus"], ["model must be one of ['cnn', 'fcn', 'mlp'] or a function", "got 'bogus'"]),
     (["train", "--model", "no.such:thing"], ["--model no.such:thing", "No module named 'no'", "PYTHONPATH"]),
     (["train", "--model", "math:bogus"], ["--model math:bogus", "has no attribute 'bogus'", "package.module:function"]),
     (["train", "--model", "math:pi"], ["--model math:pi must name a function", "got 3.14"]),

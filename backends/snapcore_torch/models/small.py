@@ -16,7 +16,7 @@ def mlp(input_shape: tuple[int, ...], n_classes: int) -> nn.Module:
 
     Arguments:
         input_shape: of one example, such as (1, 28, 28).
-        n_classes: width of the output, which are logits.
+        n_classes: width of the output, such as logits.
     """
     return nn.Sequential(
         nn.Flatten(),
