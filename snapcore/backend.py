@@ -5,11 +5,12 @@ is right for frameworks that change tensors in place and for those that cannot. 
 `Backend`; the type checker compares the two.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
+from math import log, pi
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from snapcore.errors import BackendNotFoundError
+from snapcore.errors import BackendNotFoundError, DataError
 from snapcore.protocol import OptimizerState
 
 if TYPE_CHECKING:
@@ -43,12 +44,27 @@ class Data(Protocol):
 
     @property
     def y(self) -> "NDArray[Any]":
-        """Labels, [examples]."""
+        """Targets: integers [examples, …] for classes, [examples, …, n_classes] or [examples] for the other kinds."""
         ...
 
     @property
     def n_classes(self) -> int:
-        """How many classes there are."""
+        """How many classes there are; for the other kinds, how many labels or values a position has."""
+        ...
+
+    @property
+    def loss(self) -> str:
+        """What to train with: a name in `snapcore.data.LOSSES`."""
+        ...
+
+    @property
+    def ignore(self) -> int | None:
+        """The class number of what counts neither in the loss nor in its mean; None if all do."""
+        ...
+
+    @property
+    def n_outputs(self) -> int:
+        """How many numbers the model gives per position, on the last axis of its outputs."""
         ...
 
     def indices(self, start: int, stop: int) -> "NDArray[np.int64]":
@@ -72,7 +88,8 @@ class Backend(Protocol[State]):
     def init(self) -> Callable[..., State]:
         """Return the state before the first update: `init(model, data, program, *, seed, member=1, **options)`.
 
-        Member k's fresh weights come from (seed, k) alone. Options are the backend's own.
+        The model is built with `data.n_outputs`, and trained with the loss that the data name. Member k's fresh weights
+        come from (seed, k) alone. Options are the backend's own.
         """
         ...
 
@@ -103,7 +120,7 @@ class Backend(Protocol[State]):
         ...
 
     def logits(self, state: State, x: "NDArray[Any]") -> "NDArray[np.float32]":
-        """Return the model's outputs in evaluation mode, [examples, classes]; the state is left alone."""
+        """Return the model's outputs in evaluation mode, [examples, …, n_outputs]; the state is left alone."""
         ...
 
     def refresh(self, state: State, x: "NDArray[Any]") -> State:
@@ -118,6 +135,67 @@ class Backend(Protocol[State]):
 def resolved(tensors: "Pending | Tensors") -> "Tensors":
     """Return named host arrays: those that a pending copy resolves to, or the ones given."""
     return tensors if isinstance(tensors, Mapping) else tensors.resolve()
+
+
+def targets(data: Data) -> "NDArray[Any]":
+    """Return what the data's loss compares outputs with: class numbers as they are, all else as float32.
+
+    Values come as [examples, …, n_classes], also where `y` is [examples]: with outputs [batch, 1] that would give
+    differences [batch, batch].
+    """
+    if data.loss == "cross-entropy":
+        return data.y
+    return data.y.astype("float32", copy=False).reshape(len(data.y), *(data.y.shape[1:] or (1,)))
+
+
+def negative_log_density(outputs: Any, y: Any, exp: Callable[[Any], Any]) -> Any:
+    """Return −ln N(y; m, e^s) = (s + (y − m)² e^−s + ln 2π) / 2 of each value, in nats, in a framework's own arrays.
+
+    Arguments:
+        outputs: the means m, then the ln variances s, [..., 2 · values].
+        y: the targets, [..., values].
+        exp: the framework's.
+
+    Example:
+        >>> import numpy as np
+        >>> found = negative_log_density(np.array([[3.0, np.log(4.0)]]), np.array([[1.0]]), np.exp)
+        >>> bool(np.isclose(found, -np.log(np.exp(-1 / 2) / np.sqrt(2 * np.pi * 4))).all())
+        True
+    """
+    values = outputs.shape[-1] // 2
+    mean, log_variance = outputs[..., :values], outputs[..., values:]
+    return (log_variance + (y - mean) ** 2 * exp(-log_variance) + log(2 * pi)) / 2
+
+
+def check_outputs(data: Data, shape_of: "Callable[[NDArray[Any]], Sequence[int | None]]") -> None:
+    """Check that a model's outputs have a position for each of the data's, and that channels come last.
+
+    Arguments:
+        data: where they are class numbers of whole examples, the loss itself refuses what does not fit.
+        shape_of: returns the shape of the outputs for inputs x, [batch, …]; None where a length is open.
+
+    Raises:
+        DataError: the outputs are no [batch, …, n_outputs].
+    """
+    is_classes = data.loss == "cross-entropy"
+    if is_classes and data.y.ndim == 1:
+        return
+    wanted = (*(data.y.shape[1:] if is_classes else data.y.shape[1:-1]), data.n_outputs)
+    found = tuple(shape_of(data.x[:2]))[1:]
+    if len(found) == len(wanted) and all(size in (None, due) for size, due in zip(found, wanted, strict=True)):
+        return
+    cure = "build it with the number of outputs that it is given"
+    if len(wanted) > 1 and found == (wanted[-1], *wanted[:-1]):
+        axes = ", ".join(map(str, (0, *range(2, len(wanted) + 1), 1)))
+        cure = f"move its axis 1 to the end, as permute({axes}) does"
+    raise DataError(
+        f"the model must return {_shape(wanted)} for loss={data.loss!r} and y of shape {data.y.shape}, got "
+        f"{_shape(found)}: {cure}"
+    )
+
+
+def _shape(sizes: "tuple[int | None, ...]") -> str:
+    return f"[{', '.join(map(str, ('batch', *sizes)))}]"
 
 
 def available_backends() -> dict[str, EntryPoint]:

@@ -14,8 +14,9 @@ from jax.sharding import AxisType, Mesh
 from numpy.typing import NDArray
 
 from snapcore import DataError, Program
-from snapcore.backend import Data, Pending, Report, resolved
+from snapcore.backend import Data, Pending, Report, check_outputs, resolved, targets
 from snapcore.store import Tensors
+from snapcore_jax.losses import make_loss
 from snapcore_jax.models import MODELS, Factory
 from snapcore_jax.state import Copy, dump_training, load_training, named_leaves, with_leaves
 from snapcore_jax.training import Loop
@@ -81,8 +82,9 @@ class JaxBackend:
         """Return the state before the first update.
 
         Arguments:
-            model: `"mlp"`, `"cnn"`, or a function of (input_shape, n_classes, rngs) that gives a Flax NNX module.
-            data: examples, labels and their order; put on the device.
+            model: `"mlp"`, `"cnn"`, `"fcn"`, or a function of (input_shape, n_outputs, rngs) that gives a Flax NNX
+                module.
+            data: examples, targets, their order and the loss; put on the device.
             program: gives the rates.
             seed: of the weights, together with `member`.
             member: whose fresh weights to make, from 1.
@@ -96,16 +98,20 @@ class JaxBackend:
                 `optax.lion`.
 
         Raises:
-            DataError: no such model, precision or optimizer, or a batch that cannot be split equally.
+            DataError: no such model, precision or optimizer, a batch that cannot be split equally, or a model whose
+                outputs do not fit the data's targets.
         """
         factory = _factory(model)
-        shape, n_classes = tuple(data.x.shape[1:]), data.n_classes
-        training_graph, evaluation_graph, refreshing_graph = _graphs(factory, shape, n_classes)
+        shape, n_outputs = tuple(data.x.shape[1:]), data.n_outputs
+        training_graph, evaluation_graph, refreshing_graph = _graphs(factory, shape, n_outputs)
+        check_outputs(data, functools.partial(_output_shape, factory, n_outputs))
         mesh = None if mesh is None else _automatic(mesh, data)
         chosen = _optimizer(optimizer, momentum, weight_decay)
-        step = Step(training_graph, chosen, _dtype(precision), mesh)
-        parts = split(_on_devices(mesh, _fresh(factory, shape, n_classes, _key(seed, member))))
-        x, y = _on_devices(mesh, (np.asarray(data.x), np.asarray(data.y, np.int32)))
+        step = Step(training_graph, chosen, _dtype(precision), mesh, make_loss(data.loss, data.ignore))
+        parts = split(_on_devices(mesh, _fresh(factory, shape, n_outputs, _key(seed, member))))
+        due = targets(data)
+        due = due.astype(np.int32, copy=False) if np.issubdtype(due.dtype, np.integer) else due
+        x, y = _on_devices(mesh, (np.asarray(data.x), due))
         training = Training(parts.params, parts.others, _moments(step, parts.params))
         key = _on_devices(mesh, _key(seed, 0))
         loop = Loop(step, data, x, y, parts.keys, program.schedule).fitted(training, key)
@@ -167,9 +173,23 @@ def _factory(model: str | Factory) -> Factory:
     factory = MODELS.get(model) if isinstance(model, str) else model
     if factory is None:
         raise DataError(
-            f"model must be one of {sorted(MODELS)} or a function of (input_shape, n_classes, rngs), got {model!r}"
+            f"model must be one of {sorted(MODELS)} or a function of (input_shape, n_outputs, rngs), got {model!r}"
         )
     return factory
+
+
+def _output_shape(factory: Factory, n_outputs: int, x: NDArray[Any]) -> tuple[int, ...]:
+    """Return the shape of what a module returns for inputs; nothing is computed."""
+
+    def outputs(x: jax.Array) -> Any:
+        model = _made(factory, x.shape[1:], n_outputs, nnx.Rngs(0))
+        model.eval()
+        return model(x)
+
+    found = jax.eval_shape(outputs, x)
+    if not isinstance(found, jax.ShapeDtypeStruct):
+        raise DataError(f"the model must return one array, got {type(found).__name__}: return its outputs alone")
+    return tuple(found.shape)
 
 
 def _dtype(precision: str) -> Any:
@@ -178,8 +198,8 @@ def _dtype(precision: str) -> Any:
     return _DTYPES[precision]
 
 
-def _graphs(factory: Factory, input_shape: tuple[int, ...], n_classes: int) -> tuple[Any, Any, Any]:
-    model = nnx.eval_shape(lambda: _made(factory, input_shape, n_classes, nnx.Rngs(0)))
+def _graphs(factory: Factory, input_shape: tuple[int, ...], n_outputs: int) -> tuple[Any, Any, Any]:
+    model = nnx.eval_shape(lambda: _made(factory, input_shape, n_outputs, nnx.Rngs(0)))
     model.train()
     training = nnx.graphdef(model)
     model.eval()
@@ -190,12 +210,12 @@ def _graphs(factory: Factory, input_shape: tuple[int, ...], n_classes: int) -> t
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _fresh(factory: Factory, input_shape: tuple[int, ...], n_classes: int, key: jax.Array) -> Any:
-    return nnx.state(_made(factory, input_shape, n_classes, nnx.Rngs(key)))
+def _fresh(factory: Factory, input_shape: tuple[int, ...], n_outputs: int, key: jax.Array) -> Any:
+    return nnx.state(_made(factory, input_shape, n_outputs, nnx.Rngs(key)))
 
 
-def _made(factory: Factory, input_shape: tuple[int, ...], n_classes: int, rngs: nnx.Rngs) -> nnx.Module:
-    model = factory(input_shape, n_classes, rngs)
+def _made(factory: Factory, input_shape: tuple[int, ...], n_outputs: int, rngs: nnx.Rngs) -> nnx.Module:
+    model = factory(input_shape, n_outputs, rngs)
     if not isinstance(model, nnx.Module):
         raise DataError(f"the model's function must give a flax.nnx.Module, got {type(model).__name__}")
     return model

@@ -32,7 +32,7 @@ class Loop:
         step: the update.
         data: gives the order.
         x: its examples, on the device.
-        y: their labels, on the device.
+        y: their targets, on the device.
         keys: the module's random keys; only their shapes count, see `run`.
         schedule: the rate of every update.
         at_once: updates in one compiled call, at most: 1, or up to `CHUNK` in a compiled loop. A whole chunk and one

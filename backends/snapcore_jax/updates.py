@@ -11,7 +11,8 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-Loss = Callable[[Any, Any], Any]
+from snapcore_jax.losses import Loss, cross_entropy
+
 Optimizer = Callable[[optax.Schedule], optax.GradientTransformation]
 """Makes an optimizer of a schedule, which is the program's, whatever the optimizer counts."""
 
@@ -23,11 +24,6 @@ class Training(NamedTuple):
     others: Any
     """Variables that are no parameters, such as batch statistics."""
     optimizer: Any
-
-
-def cross_entropy(logits: Any, labels: Any) -> Any:
-    """Return the mean cross-entropy of logits, [batch, classes], with integer labels."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class Step:
         optimizer: see `Optimizer`.
         dtype: what to compute in, such as `jnp.bfloat16`; None keeps the weights'.
         mesh: the devices; the batch is split over the first axis.
-        loss: of (outputs in float32, labels), a scalar.
+        loss: of (outputs in float32, targets), a scalar.
     """
 
     graph: Any

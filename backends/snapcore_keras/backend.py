@@ -12,9 +12,10 @@ from keras import ops
 from numpy.typing import NDArray
 
 from snapcore import DataError, Program
-from snapcore.backend import Data, Pending, Report, resolved
+from snapcore.backend import Data, Pending, Report, check_outputs, resolved
 from snapcore.run import random_state, set_random_state
 from snapcore.store import Tensors
+from snapcore_keras.losses import make_loss
 from snapcore_keras.models import MODELS, Factory
 from snapcore_keras.optimizers import Optimizer, Velocity, make_optimizer
 from snapcore_keras.schedule import SnapshotSchedule
@@ -63,8 +64,8 @@ class KerasBackend:
         """Return the state before the first update.
 
         Arguments:
-            model: `"mlp"`, `"cnn"`, or a function of (input_shape, n_classes) that gives a built model.
-            data: examples, labels and their order.
+            model: `"mlp"`, `"cnn"`, `"fcn"`, or a function of (input_shape, n_outputs) that gives a built model.
+            data: examples, targets, their order and the loss.
             program: gives the rates.
             seed: of the weights, together with `member`.
             member: whose fresh weights to make, from 1.
@@ -76,13 +77,13 @@ class KerasBackend:
                 schedule, such as `keras.optimizers.Lion`.
 
         Raises:
-            DataError: no such model, precision or optimizer.
+            DataError: no such model, precision or optimizer, or a model whose outputs do not fit the data's targets.
         """
         module = built(model, data, seed, member, precision)
         rate = SnapshotSchedule(program.schedule)
         chosen = make_optimizer(optimizer, rate, momentum=momentum, weight_decay=weight_decay, velocity=velocity)
         compiles = False if keras.backend.backend() == "torch" else "auto"
-        module.compile(chosen, keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=compiles)
+        module.compile(chosen, make_loss(data.loss, data.ignore), jit_compile=compiles)
         chosen.build(module.trainable_variables)
         return KerasState(module, chosen, data, seed)
 
@@ -147,19 +148,27 @@ def built(model: str | Factory, data: Data, seed: int, member: int, precision: s
     """Return a model with fresh weights, those of (seed, member).
 
     Raises:
-        DataError: no such model or precision, or one that is not built.
+        DataError: no such model or precision, or one that is not built, or whose outputs do not fit the data's targets.
     """
     factory = MODELS.get(model) if isinstance(model, str) else model
     if factory is None:
         raise DataError(
-            f"model must be one of {sorted(MODELS)} or a function of (input_shape, n_classes), got {model!r}"
+            f"model must be one of {sorted(MODELS)} or a function of (input_shape, n_outputs), got {model!r}"
         )
     if precision not in _POLICIES:
         raise DataError(f"precision must be one of {sorted(_POLICIES)}, got {precision!r}")
     with _seeded(seed, member), _computing(_POLICIES[precision]):
-        made = factory(tuple(data.x.shape[1:]), data.n_classes)
+        made = factory(tuple(data.x.shape[1:]), data.n_outputs)
     named_weights(made)
+    check_outputs(data, lambda x: _output_shape(made, x))
     return made
+
+
+def _output_shape(model: Any, x: NDArray[Any]) -> tuple[int, ...]:
+    outputs = model(x, training=False)
+    if not ops.is_tensor(outputs):
+        raise DataError(f"the model must return one tensor, got {type(outputs).__name__}: return its outputs alone")
+    return tuple(outputs.shape)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from snapcore.backend import Data, Report
+from snapcore.backend import Data, Report, targets
 
 
 def run(model: Any, data: Data, start: int, stop: int, report: Report, *, seed: int) -> None:
@@ -16,16 +16,17 @@ def run(model: Any, data: Data, start: int, stop: int, report: Report, *, seed: 
 
     Arguments:
         model: compiled; its optimizer has the rates.
-        data: examples, labels and their order.
+        data: examples, targets and their order.
         start: updates done before.
         stop: updates done after.
         report: called with the updates done and the loss.
         seed: what random layers without a state of their own draw from, together with the step.
     """
+    y = targets(data)
     with _own_randomness() as reseed:
         for step, rows in enumerate(data.indices(start, stop), start + 1):
             reseed(seed, step)
-            logs = model.train_on_batch(data.x[rows], data.y[rows], return_dict=True)
+            logs = model.train_on_batch(data.x[rows], y[rows], return_dict=True)
             report(step, float(logs["loss"]))
 
 

@@ -68,8 +68,8 @@ class TensorFlowBackend(KerasBackend):
         """Return the state before the first update.
 
         Arguments:
-            model: `"mlp"`, `"cnn"`, or a function of (input_shape, n_classes) that gives a built Keras model.
-            data: examples, labels and their order; put on the device.
+            model: `"mlp"`, `"cnn"`, `"fcn"`, or a function of (input_shape, n_outputs) that gives a built Keras model.
+            data: examples, targets, their order and the loss; put on the device.
             program: gives the rates.
             seed: of the weights, together with `member`.
             member: whose fresh weights to make, from 1.
@@ -88,7 +88,8 @@ class TensorFlowBackend(KerasBackend):
 
         Raises:
             DataError: no such model, precision or optimizer, a batch that cannot be split equally, XLA on several
-                devices, or an optimizer with a schedule of its own, or that accumulates gradients.
+                devices, an optimizer with a schedule of its own, or that accumulates gradients, or a model whose
+                outputs do not fit the data's targets.
         """
         _check_sharing(strategy, data, xla)
         strategy = strategy or tf.distribute.get_strategy()

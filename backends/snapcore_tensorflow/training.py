@@ -12,7 +12,8 @@ import numpy as np
 import tensorflow as tf
 
 from snapcore import Schedule
-from snapcore.backend import Data, Report
+from snapcore.backend import Data, Report, targets
+from snapcore_tensorflow.losses import Loss
 
 CHUNK = 200
 """Updates in one compiled call, at most, and between two reports: of small models, what is between calls shows."""
@@ -24,7 +25,7 @@ class Loop:
     Arguments:
         model: built under the strategy's scope.
         optimizer: built, likewise; its learning rate is a plain one.
-        data: examples, labels and their order; put on every device of the strategy's.
+        data: examples, targets, their order and the loss; put on every device of the strategy's.
         schedule: the rate of every update.
         strategy: the devices that share every batch equally; `tf.distribute.get_strategy()` for the one there is.
         xla: whether XLA compiles the calls.
@@ -36,9 +37,11 @@ class Loop:
         self._model, self._optimizer, self._strategy = model, optimizer, strategy
         self._data, self._schedule = data, schedule
         self._replicas = strategy.num_replicas_in_sync
-        x, y = np.asarray(data.x), np.asarray(data.y, np.int64)
+        self._loss = Loss(data.loss, data.ignore)
+        x, y = np.asarray(data.x), targets(data)
+        y = y.astype(np.int64, copy=False) if np.issubdtype(y.dtype, np.integer) else y
         self._examples = strategy.experimental_distribute_values_from_function(lambda _: tf.constant(x))
-        self._labels = strategy.experimental_distribute_values_from_function(lambda _: tf.constant(y))
+        self._targets = strategy.experimental_distribute_values_from_function(lambda _: tf.constant(y))
         self._xla = xla
 
     def run(self, start: int, stop: int, report: Report) -> None:
@@ -73,7 +76,7 @@ class Loop:
     def _updates(self, rows: Any, rates: Any, number: Any) -> Any:
         def update(index: Any, losses: Any) -> tuple[Any, Any]:
             self._optimizer.learning_rate = rates[index]
-            shares = self._strategy.run(self._update, args=(self._examples, self._labels, rows[index]))
+            shares = self._strategy.run(self._update, args=(self._examples, self._targets, rows[index]))
             return index + 1, losses.write(index, tf.add_n(self._strategy.experimental_local_results(shares)))
 
         losses = tf.TensorArray(tf.float32, CHUNK, element_shape=())
@@ -83,19 +86,19 @@ class Loop:
         if self._replicas == 1:
             return losses
         # The sums over all workers, at once for a chunk.
-        local = len(self._strategy.experimental_local_results(self._labels))
+        local = len(self._strategy.experimental_local_results(self._targets))
         return self._strategy.reduce("SUM", self._strategy.run(lambda: losses / local), axis=None)
 
-    def _update(self, examples: Any, labels: Any, rows: Any) -> Any:
+    def _update(self, examples: Any, targets: Any, rows: Any) -> Any:
         """Do one replica's part of an update; return its share of the loss."""
-        batch = rows.shape[0]
+        batch = part = tf.gather(targets, rows)
         if self._replicas > 1:
             replica = tf.distribute.get_replica_context().replica_id_in_sync_group
             rows = tf.reshape(rows, (self._replicas, -1))[replica]
+            part = tf.gather(targets, rows)
         with tf.GradientTape() as tape:
-            logits = tf.cast(self._model(tf.gather(examples, rows), training=True), tf.float32)
-            each = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.gather(labels, rows), logits)
-            loss = tf.reduce_sum(each) / batch
+            outputs = tf.cast(self._model(tf.gather(examples, rows), training=True), tf.float32)
+            loss = self._loss.share(outputs, part, batch)
             if self._model.losses:
                 loss += tf.cast(tf.add_n(self._model.losses), tf.float32) / self._replicas
             scaled = self._optimizer.scale_loss(loss)

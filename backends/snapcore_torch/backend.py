@@ -13,12 +13,13 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import update_bn
 
 from snapcore import DataError, Program
-from snapcore.backend import Data, Pending, Report, resolved
+from snapcore.backend import Data, Pending, Report, check_outputs, resolved
 from snapcore.run import Group
 from snapcore.store import Tensors
 from snapcore_torch.batches import DeviceFeed
 from snapcore_torch.distributed import current_group
 from snapcore_torch.ema import AverageCount
+from snapcore_torch.losses import make_loss
 from snapcore_torch.models import MODELS, Factory
 from snapcore_torch.options import UpdateOptions
 from snapcore_torch.schedule import GroupRates
@@ -87,8 +88,8 @@ class TorchBackend:
         """Return the state before the first update.
 
         Arguments:
-            model: `"mlp"`, `"cnn"`, or a function of (input_shape, n_classes) that gives a module.
-            data: examples, labels and their order; put on the device.
+            model: `"mlp"`, `"cnn"`, `"fcn"`, or a function of (input_shape, n_outputs) that gives a module.
+            data: examples, targets, their order and the loss; put on the device.
             program: gives the rates.
             seed: of the weights, together with `member`.
             member: whose fresh weights to make, from 1.
@@ -99,15 +100,18 @@ class TorchBackend:
             options: how an update is done, see `UpdateOptions`.
 
         Raises:
-            DataError: no such model, device or optimizer, or an option that the data does not allow.
+            DataError: no such model, device or optimizer, an option that the data does not allow, or a model whose
+                outputs do not fit the data's targets.
         """
         how, group = UpdateOptions(**options), current_group()
         chosen_device = _device(device)
         _check_batches(data, how, group)
-        module = _build(model, tuple(data.x.shape[1:]), data.n_classes, seed, member).to(chosen_device)
+        module = _build(model, tuple(data.x.shape[1:]), data.n_outputs, seed, member).to(chosen_device)
+        check_outputs(data, lambda x: _output_shape(module, to_torch(x).to(chosen_device)))
         chosen = _optimizer(optimizer, module, program.schedule.lr, momentum, weight_decay)
         feed = DeviceFeed(data, chosen_device, group)
-        loop = Loop(module, chosen, feed, program.schedule, GroupRates(chosen), options=how, group=group)
+        rates, loss = GroupRates(chosen), make_loss(data.loss, data.ignore)
+        loop = Loop(module, chosen, feed, program.schedule, rates, loss, how, group, data.ignore)
         with torch.random.fork_rng():
             torch.manual_seed(_seed(seed, 0, *([group.rank] if group.rank else [])))
             random = random_state()
@@ -191,6 +195,18 @@ def _check_batches(data: Data, options: UpdateOptions, group: Group) -> None:
         raise DataError(f"channels_last needs images, [examples, channels, height, width]; got shape {data.x.shape}")
 
 
+def _output_shape(module: nn.Module, x: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of what a module returns in evaluation mode; nothing is changed."""
+    was_training = module.training
+    module.eval()
+    with torch.no_grad(), torch.random.fork_rng():
+        outputs = module(x)
+    module.train(was_training)
+    if not isinstance(outputs, torch.Tensor):
+        raise DataError(f"the model must return one tensor, got {type(outputs).__name__}: return its outputs alone")
+    return tuple(outputs.shape)
+
+
 def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -213,15 +229,15 @@ def _optimizer(
     raise DataError(f"optimizer must be 'sgd', 'adamw' or a function of the model, got {chosen!r}")
 
 
-def _build(model: str | Factory, input_shape: tuple[int, ...], n_classes: int, seed: int, member: int) -> nn.Module:
+def _build(model: str | Factory, input_shape: tuple[int, ...], n_outputs: int, seed: int, member: int) -> nn.Module:
     factory = MODELS.get(model) if isinstance(model, str) else model
     if factory is None:
         raise DataError(
-            f"model must be one of {sorted(MODELS)} or a function of (input_shape, n_classes), got {model!r}"
+            f"model must be one of {sorted(MODELS)} or a function of (input_shape, n_outputs), got {model!r}"
         )
     with torch.random.fork_rng():
         torch.manual_seed(_seed(seed, member))
-        return factory(input_shape, n_classes)
+        return factory(input_shape, n_outputs)
 
 
 def _seed(*parts: int) -> int:

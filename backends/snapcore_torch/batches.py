@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from snapcore import DataError, ProtocolError
-from snapcore.backend import Data
+from snapcore.backend import Data, targets
 from snapcore.run import Alone, Group
 from snapcore_torch.state import to_torch
 
@@ -28,7 +28,7 @@ class DeviceFeed:
 
     Arguments:
         data: such as `snapcore.data.TrainingData`.
-        device: where examples and labels are put, once.
+        device: where examples and targets are put, once.
         group: the processes that share every batch, each an equal part of it.
 
     Raises:
@@ -45,7 +45,8 @@ class DeviceFeed:
         self._part = slice(group.rank * batch // group.size, (group.rank + 1) * batch // group.size)
         self._data = data
         self._x = to_torch(data.x).to(device)
-        self._y = to_torch(data.y).to(device, torch.int64)  # the one type that every loss takes
+        y = to_torch(targets(data)).to(device)
+        self._y = y if y.is_floating_point() else y.long()  # the one type that every loss of class numbers takes
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of updates `start … stop − 1`, or this process's part of each."""

@@ -3,10 +3,9 @@
 Nothing is read back between two reports: losses stay on the device until a chunk of them is.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +20,10 @@ from snapcore_torch.batches import CHUNK, Feed
 from snapcore_torch.counting import UpdateCount
 from snapcore_torch.distributed import mean_over_processes
 from snapcore_torch.ema import moving_average
+from snapcore_torch.losses import Loss, cross_entropy
 from snapcore_torch.options import UpdateOptions
 from snapcore_torch.schedule import GroupRates
 
-Loss = Callable[[Any, Tensor], Tensor]
 _LEAST_SCALE = 2.0**-24  # below, a loss scale cannot be what makes gradients infinite
 
 
@@ -38,9 +37,10 @@ class Loop:
         feed: the batches.
         schedule: the rate of every update.
         rates: each parameter group's share of the rate.
-        loss: of (outputs, labels), a scalar tensor, the mean over examples; default cross-entropy of logits.
+        loss: of (outputs, targets), a scalar tensor, the mean over all that counts; default cross-entropy of logits.
         options: how an update is done.
         group: the processes that train together, each on its part of every batch; gradients are averaged.
+        ignore: the label of what the loss leaves out of its mean; None if all counts.
     """
 
     model: nn.Module
@@ -48,9 +48,10 @@ class Loop:
     feed: Feed
     schedule: Schedule
     rates: GroupRates
-    loss: Loss = field(default_factory=nn.CrossEntropyLoss)
+    loss: Loss = cross_entropy
     options: UpdateOptions = field(default_factory=UpdateOptions)
     group: Group = field(default_factory=Alone)
+    ignore: int | None = None
 
     def __post_init__(self) -> None:
         options = self.options
@@ -115,20 +116,31 @@ class Loop:
 
     def _gradients(self, x: Tensor, y: Tensor) -> Tensor:
         parts = self.options.accumulate
-        if parts == 1:
+        if parts == 1 and (self.ignore is None or self.group.size == 1):
             return self._backward(x, y)
-        losses = []
+        losses, whole = [], self._whole(y)
         for number, (some, labels) in enumerate(zip(x.tensor_split(parts), y.tensor_split(parts), strict=True), 1):
             # Gradients meet those of the other processes once, at the last micro-batch.
             last = number == parts or not isinstance(self._forward, DistributedDataParallel)
             with nullcontext() if last else cast("DistributedDataParallel", self._forward).no_sync():
-                losses.append(self._backward(some, labels, share=len(labels) / len(y)))
+                losses.append(self._backward(some, labels, share=self._counted(labels) / whole))
         return torch.stack(losses).sum()
 
-    def _backward(self, x: Tensor, y: Tensor, *, share: float = 1.0) -> Tensor:
+    def _counted(self, y: Tensor) -> int | Tensor:
+        """Return how much counts in a part's mean: examples, or labels that are not ignored."""
+        return len(y) if self.ignore is None else (y != self.ignore).sum()
+
+    def _whole(self, y: Tensor) -> int | Tensor:
+        """Return the same of a whole batch: a process's equal share of what counts in all processes."""
+        counted = self._counted(y)
+        if isinstance(counted, int):
+            return counted
+        return mean_over_processes(counted, self.group).clamp(min=1 / self.group.size)
+
+    def _backward(self, x: Tensor, y: Tensor, *, share: float | Tensor | None = None) -> Tensor:
         with torch.autocast(x.device.type, self.options.autocast, enabled=self.options.autocast is not None):
             loss = self.loss(self._call(x), y)
-        if share != 1:
+        if share is not None:
             loss = loss * share
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()

@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from snapcore.backend import available_backends
-from snapcore.ensemble import RULES
+from snapcore.data import LOSSES
+from snapcore.ensemble import RULES, Recipe
 from snapcore.errors import BackendNotFoundError, SnapcoreError
 from snapcore.lab.backends import first_backend, start_backend
-from snapcore.lab.describe import describe_recipe, describe_run, describe_schedule, faults
+from snapcore.lab.describe import describe_predictions, describe_recipe, describe_run, describe_schedule, faults
 from snapcore.lab.display import Display
 from snapcore.lab.evaluate import WAYS, keep_predictions, select_members, write_results
 from snapcore.lab.evaluate import evaluate as evaluate_runs
@@ -69,9 +70,10 @@ def main(
 @app.command()
 def train(
     backend: Annotated[str | None, typer.Option(help="Default: the first that is installed.")] = None,
-    data: Annotated[str, typer.Option(help="digits, fashion-mnist, or a name of yours with --data-dir.")] = "digits",
+    data: Annotated[str, typer.Option(help="A name of ours, or one of yours with --data-dir.")] = "digits",
     data_dir: Annotated[Path | None, typer.Option(help="A folder of IDX files, or of one .npz archive.")] = None,
-    model: Annotated[str, typer.Option(help="mlp, cnn, or package.module:function.")] = "cnn",
+    loss: Annotated[str | None, typer.Option(help=f"{', '.join(LOSSES)}. Default: what the data are for.")] = None,
+    model: Annotated[str, typer.Option(help="mlp, cnn, fcn, or package.module:function.")] = "cnn",
     method: Method = "snapshot",
     epochs: Annotated[int, typer.Option(help="Passes over the training images.", min=1)] = 100,
     cycles: Cycles = 5,
@@ -91,6 +93,7 @@ def train(
     held_out: Annotated[
         float | None, typer.Option(help="The share of them not trained on, for select and calibration.", min=0, max=1)
     ] = None,
+    recipe: Annotated[bool, typer.Option("--recipe", help="At the end select members too, as select does.")] = False,
     output: Annotated[Path | None, typer.Option(help="The run's directory. Default: a new one in runs/.")] = None,
     resume: Annotated[bool, typer.Option(help="Resume an unfinished run; --no-resume moves it aside.")] = True,
     resume_every: Annotated[
@@ -98,6 +101,8 @@ def train(
     ] = None,
 ) -> None:
     """Train a model, keep its members, and score their ensembles."""
+    if recipe and not held_out:
+        raise typer.BadParameter("nothing would be kept back to fit it on: add --held-out 0.1", param_hint="--recipe")
     name, chosen = first_backend() if backend is None else (backend, start_backend(backend))
     job = Job(
         backend=name,
@@ -121,15 +126,21 @@ def train(
         seed=seed,
         train_limit=train_limit,
         held_out=held_out or None,
+        loss=loss,
+        task=LOSSES.get(loss or ""),
     )
     if job.has_own_model:
         _import_from_here()
     numbered = _numbered(f"{data}-{model.rpartition(':')[2]}-{method}")
     directory = output or next(path for path in numbered if not path.exists() or (resume and is_resumable(job, path)))
+    if recipe:
+        refuse_foreign(directory, [RECIPE])
     display = Display()
     results = train_job(job, chosen, directory, display, resume=resume, resume_every=resume_every)
-    display.ensembles(results["ensemble"])
+    display.results(results)
     display.line(f"{_cost(results)}; members, results.json, history.csv and training.png are in {directory}")
+    if recipe:
+        _keep_recipe(directory, *select_members(directory, model=model if job.has_own_model else None))
 
 
 @app.command()
@@ -158,7 +169,7 @@ def evaluate(
         trust_model=trust_model,
         device=device,
     )
-    Display().ensembles(results["ensemble"])
+    Display().results(results)
     _print(f"{_cost(results)}; wrote {write_results(results, directory)}")
 
 
@@ -175,10 +186,10 @@ def predict(
     if trust_model or model is not None:
         _import_from_here()
     for run in runs:
-        path, shape = keep_predictions(
+        path, found = keep_predictions(
             run, split, data_dir=data_dir, model=model, trust_model=trust_model, device=device
         )
-        _print(f"{path}: log-probabilities of {counted(shape[0], 'member')}, {shape[1]} images, {shape[2]} classes")
+        _print(f"{path}: {describe_predictions(found)}")
 
 
 @app.command()
@@ -203,7 +214,7 @@ def select(
     refuse_foreign(run, [RECIPE])
     if trust_model or model is not None:
         _import_from_here()
-    recipe, report = select_members(
+    found = select_members(
         run,
         by=by,
         size=size,
@@ -214,10 +225,7 @@ def select(
         trust_model=trust_model,
         device=device,
     )
-    recipe.save(run / RECIPE)
-    for line in describe_recipe(recipe, report):
-        _print(line)
-    _print(f"wrote {run / RECIPE}")
+    _keep_recipe(run, *found)
 
 
 @app.command()
@@ -295,6 +303,13 @@ def run(arguments: list[str]) -> int:
         if code == INTERRUPTED:
             _print("snapcore: interrupted", err=True)
     return code if isinstance(code, int) else 0
+
+
+def _keep_recipe(run: Path, recipe: Recipe, report: dict[str, Any]) -> None:
+    recipe.save(run / RECIPE)
+    for line in describe_recipe(recipe, report):
+        _print(line)
+    _print(f"wrote {run / RECIPE}")
 
 
 def _print(text: str, *, err: bool = False) -> None:

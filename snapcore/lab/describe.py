@@ -4,14 +4,23 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from snapcore.ensemble import Recipe
+from snapcore.ensemble import Predictions, Recipe
 from snapcore.errors import StoreError
 from snapcore.lab.ours import JOB, RECIPE, RESULTS
+from snapcore.lab.scores import SHOWN, cell
 from snapcore.lab.sealed import LARGEST, read_sealed
 from snapcore.lab.text import counted, printable
 from snapcore.protocol import program_from_dict
 from snapcore.schedule import Schedule
 from snapcore.store import SnapshotStore, read_point, read_regular
+
+_PREDICTED = {
+    "classes": "log-probabilities",
+    "labels": "log-probabilities",
+    "values": "values",
+    "gaussian": "means and variances",
+}
+_OF_A_RECIPE = ("error", "rmse", "nll", "crps", "ece")
 
 
 def describe_run(directory: Path) -> Iterator[str]:
@@ -36,18 +45,29 @@ def describe_run(directory: Path) -> Iterator[str]:
         )
 
 
+def describe_predictions(found: Predictions) -> str:
+    """Return in words what predictions hold."""
+    members, examples, *axes = found.shape
+    words = [f"{_PREDICTED[found.kind]} of {counted(members, 'member')}", counted(examples, "example")]
+    inner, last = (axes, []) if found.kind == "values" else (axes[:-1], axes[-1:])
+    named = [f"{size} {found.kind}" for size in last if found.kind != "gaussian"]
+    return ", ".join([*words, *map(str, inner), *named])
+
+
 def describe_recipe(recipe: Recipe, report: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
-    """Yield lines about a recipe, and what it does on the test images."""
+    """Yield lines about a recipe, and what it does on the test examples."""
     shares = ", ".join(f"{index}: {weight:.3f}" for index, weight in enumerate(recipe.weights, 1) if weight)
-    yield f"weights {shares}; temperature {recipe.temperature:.3f}"
+    probable = "ece" in report["equal"]  # values have no temperature
+    yield f"weights {shares}" + (f"; temperature {recipe.temperature:.3f}" if probable else "")
+    unit = "nats" if "nll" in report["equal"] else "of RMSE"
     if recipe.fitted is not None and recipe.fitted.gain is not None:
-        yield f"gain on {recipe.fitted.rows} held-out images ({recipe.fitted.how}): {recipe.fitted.gain:.4f} nats"
+        yield f"gain on {recipe.fitted.rows} held-out rows ({recipe.fitted.how}): {recipe.fitted.gain:.4f} {unit}"
     for name, scores in report.items():
-        members = f", {scores['members_used']:.2f} members an image" if "members_used" in scores else ""
-        yield (
-            f"{name:<8} on the test images: error {scores['error']:.2f} %, NLL {scores['nll']:.4f}, "
-            f"ECE {scores['ece']:.4f}{members}"
-        )
+        members = f", {scores['members_used']:.2f} members an example" if "members_used" in scores else ""
+        shown = ", ".join(f"{SHOWN[each]} {cell(each, scores[each])}" for each in _OF_A_RECIPE if each in scores)
+        yield f"{name:<8} on the test examples: {shown}{members}"
+    if recipe.fitted is not None and recipe.fitted.test is not None:
+        yield f"gain on the test examples: {recipe.fitted.test:.4f} {unit}"
 
 
 def faults(directory: Path) -> Iterator[str]:

@@ -8,6 +8,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from snapcore.lab.scores import SHOWN, cell, in_line
 from snapcore.lab.text import printable
 from snapcore.protocol import Program, Snapshot
 
@@ -26,7 +27,7 @@ class Display:
         """Print a member as it is taken."""
         self.line(
             f"member {snapshot.index}   update {snapshot.step:>6}   lr {snapshot.lr:.2e}   "
-            f"error {scores['error']:5.2f} %   NLL {scores['nll']:.4f}"
+            f"{'   '.join(in_line(scores))}"
         )
 
     @contextmanager
@@ -35,9 +36,16 @@ class Display:
         with _Bar(program, self.console) as bar:
             yield bar.report
 
+    def results(self, results: Mapping[str, Any]) -> None:
+        """Print what came of a run: its ensembles, and what else is known of them."""
+        self.ensembles(results["ensemble"])
+        if "spread_correlation" in results:
+            self.spread(results["spread_correlation"])
+
     def ensembles(self, curve: Sequence[Mapping[str, Any]]) -> None:
-        """Print the table of ensembles: the last m members, m = 1 … M."""
-        columns = ["m", "error", "NLL", "Brier", "ECE"]
+        """Print the table of ensembles: the last m members, m = 1 … M, with the scores that the task has."""
+        names = [name for name in SHOWN if name in curve[0]]
+        columns = ["m", *(SHOWN[name] for name in names)]
         calibrated = any("temperature" in row for row in curve)
         if calibrated:
             columns += ["T", "NLL at T"]
@@ -45,12 +53,17 @@ class Display:
         for column in table.columns:
             column.justify = "right"
         for row in curve:
-            cells = [f"{row['error']:.2f} %", *(f"{row[name]:.4f}" for name in ("nll", "brier", "ece"))]
+            cells = [cell(name, row[name]) for name in names]
             if calibrated:
                 fitted = "temperature" in row
                 cells += (f"{row['temperature']:.3f}", f"{row['calibrated_nll']:.4f}") if fitted else ("–", "–")
             table.add_row(str(row["m"]), *cells)
         self.console.print(table)
+
+    def spread(self, correlations: Mapping[str, float | None]) -> None:
+        """Print how the uncertainty ranks the examples beside the spread between people."""
+        found = ", ".join(f"{name} {'–' if value is None else f'{value:.3f}'}" for name, value in correlations.items())
+        self.line(f"rank correlation of the uncertainty with the spread between people: {found}")
 
 
 class _Bar(Progress):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from snapcore.ensemble import (
     FEW,
@@ -18,16 +19,18 @@ from snapcore.ensemble import (
     fit_temperature,
     fit_weights,
     prefix_curve,
+    rank_correlation,
     run_cascade,
     score_predictions,
     select,
+    uncertainty,
 )
 from snapcore.errors import DataError, StoreError
 from snapcore.lab.backends import threads_of
 from snapcore.lab.datasets import Dataset
 from snapcore.lab.job import Job, load_job
 from snapcore.lab.ours import RESULTS, refuse_foreign
-from snapcore.lab.predictions import finished_members, predictions_file, predictions_of
+from snapcore.lab.predictions import as_predictions, finished_members, predictions_file, predictions_of
 from snapcore.lab.sealed import write_sealed
 from snapcore.metrics import score
 from snapcore.store import Member, SnapshotStore
@@ -64,8 +67,10 @@ def evaluate(
         device: where to compute; default where the run was trained.
 
     Returns:
-        What `results.json` holds: `error` in percent, `nll` in nats per example; and `temperature` and
-        `calibrated_nll` where training images were kept back.
+        What `results.json` holds: the scores that `score_predictions` gives for the task, `error` in percent, `nll` in
+        nats; `temperature` and `calibrated_nll` where training images were kept back and the task has a temperature;
+        and `spread_correlation` where it is known how far apart people are on each example: the rank correlation of
+        that with each part of the whole ensemble's uncertainty.
 
     Raises:
         StoreError: a directory holds no run, or not the members asked for.
@@ -74,37 +79,67 @@ def evaluate(
     jobs = [load_job(directory) for directory in directories]
     _refuse_models(directories, jobs, model, trust_model)
     datasets = [job.dataset(data_dir) for job in jobs]
-    labels = datasets[0].y_test
-    if any(not np.array_equal(dataset.y_test, labels) for dataset in datasets):
+    first = datasets[0]
+    if any(not np.array_equal(each.y_test, first.y_test) or each.kind != first.kind for each in datasets):
         where = " and ".join(f"{directory} ({job.data})" for directory, job in zip(directories, jobs, strict=True))
-        raise DataError(f"{where} were tested on different images: give runs on the same data, or one at a time")
+        raise DataError(
+            f"{where} were tested on different images: give runs on the same data and task, or one at a time"
+        )
     stores = [SnapshotStore(directory) for directory in directories]
     began = time.perf_counter()
     rows: list[Member] = []
-    arrays: list[Any] = []
-    held_out: list[Any] = []
+    tested: list[Predictions] = []
+    held_out: list[Predictions] = []
     for store, job, dataset in zip(stores, jobs, datasets, strict=True):
         _compare_images(store, job, dataset, moved=data_dir is not None)
         chosen = _chosen(store, finished_members(store), last, members)
         rows += chosen
-        arrays += predictions_of(store, job, dataset, members=chosen, device=device)
+        tested.append(predictions_of(store, job, dataset, members=chosen, device=device))
         if job.held_out:
-            held_out += predictions_of(store, job, dataset, "held-out", members=chosen, device=device)
-    curve = prefix_curve(arrays, labels, log=True)
+            held_out.append(predictions_of(store, job, dataset, "held-out", members=chosen, device=device))
+    test = _together(first, tested)
+    curve = prefix_curve(test)
     answers = [dataset.y_held_out for dataset in datasets]
-    if len(held_out) == len(arrays) and all(np.array_equal(each, answers[0]) for each in answers):
-        _calibrate(curve, Predictions(held_out, answers[0]), Predictions(arrays, labels))
+    if len(held_out) == len(tested) and all(np.array_equal(each, answers[0]) for each in answers):
+        _calibrate(curve, _together(first, held_out), test)
     return {
         **{name: _joined(getattr(job, name) for job in jobs) for name in ("backend", "data", "model", "method")},
+        "task": first.kind,
+        "loss": _joined(dataset.loss for dataset in datasets),
         "updates": sum(store.members[-1].step for store in stores),
         "seconds": round(time.perf_counter() - began, 3),
         "threads": max(threads_of(job.backend) for job in jobs),
         "members": [
-            {"index": member.index, "step": member.step, "lr": member.lr, **score(array, labels, log=True)}
-            for member, array in zip(rows, arrays, strict=True)
+            {
+                "index": member.index,
+                "step": member.step,
+                "lr": member.lr,
+                **score_predictions(_members(test, slice(position, position + 1))),
+            }
+            for position, member in enumerate(rows)
         ],
         "ensemble": curve,
+        **({} if first.spread is None else {"spread_correlation": _spread_correlation(test, first.spread)}),
     }
+
+
+def _together(dataset: Dataset, parts: Sequence[Predictions]) -> Predictions:
+    """Return the predictions of the members of several runs as one; those of one run stay in their file."""
+    if len(parts) == 1:
+        return parts[0]
+    return as_predictions(dataset, [member for part in parts for member in part], parts[0].labels_of(slice(None)))
+
+
+def _members(predictions: Predictions, which: slice) -> Predictions:
+    """Return the predictions of some of the members."""
+    return Predictions(predictions[which], predictions.labels, kind=predictions.kind, ignore=predictions.ignore)
+
+
+def _spread_correlation(test: Predictions, spread: NDArray[np.float64]) -> dict[str, float | None]:
+    """Return the rank correlation of each part of the uncertainty with the spread; None for a part that is constant."""
+    parts = uncertainty(test)._asdict()
+    found = {name: rank_correlation(parts[name], spread) for name in ("total", "aleatoric", "epistemic")}
+    return {name: value if np.isfinite(value) else None for name, value in found.items()}
 
 
 def keep_predictions(
@@ -115,8 +150,8 @@ def keep_predictions(
     model: str | None = None,
     trust_model: bool = False,
     device: str | None = None,
-) -> tuple[Path, tuple[int, ...]]:
-    """Keep a run's predictions for a part of its data, and return the file and the shape.
+) -> tuple[Path, Predictions]:
+    """Keep a run's predictions for a part of its data, and return the file and what is in it.
 
     Arguments:
         directory: a run made by `snapcore train`.
@@ -131,7 +166,7 @@ def keep_predictions(
     """
     store, job, dataset = _opened(directory, data_dir, model, trust_model)
     found = predictions_of(store, job, dataset, split, device=device)
-    return predictions_file(store, split), found.shape
+    return predictions_file(store, split), found
 
 
 def select_members(
@@ -168,13 +203,19 @@ def select_members(
         StoreError, DataError: as for `evaluate`, or nothing was kept back.
     """
     store, job, dataset = _opened(directory, data_dir, model, trust_model)
+    if tolerance is not None and (dataset.kind != "classes" or dataset.positions):
+        what = "a class for each pixel" if dataset.positions else dataset.kind
+        raise DataError(
+            f"--tolerance is of a cascade, for one class an example; {directory} predicts {what}: leave it out"
+        )
     held_out = predictions_of(store, job, dataset, "held-out", device=device)
     test = predictions_of(store, job, dataset, device=device)
     recipe = _worthwhile(directory, _FITS[by](held_out, size), held_out)
-    try:
-        recipe = _worthwhile(directory, fit_temperature(held_out, recipe), held_out, recipe)
-    except RunsOffError as error:
-        log.info("%s has no temperature: %s", directory, error)
+    if dataset.kind in _WITH_TEMPERATURE:
+        try:
+            recipe = _worthwhile(directory, fit_temperature(held_out, recipe), held_out, recipe)
+        except RunsOffError as error:
+            log.info("%s has no temperature: %s", directory, error)
     equal = score_predictions(test)
     chosen = score_predictions(test, weights=recipe.weights, temperature=recipe.temperature)
     report: dict[str, Any] = {"equal": equal, "recipe": chosen}
@@ -183,7 +224,8 @@ def select_members(
         logs, used = run_cascade(test, recipe)
         report["cascade"] = {**score(logs, dataset.y_test, log=True), "members_used": float(used.mean())}
     if recipe.fitted is not None:
-        recipe = replace(recipe, fitted=replace(recipe.fitted, test=equal["nll"] - chosen["nll"]))
+        measure = "nll" if "nll" in equal else "rmse"
+        recipe = replace(recipe, fitted=replace(recipe.fitted, test=equal[measure] - chosen[measure]))
     return recipe, report
 
 
@@ -206,6 +248,8 @@ _FITS: Mapping[str, Callable[[Predictions, int], Recipe]] = {
 WAYS = tuple(_FITS)
 """How `select_members` may weigh members."""
 
+_WITH_TEMPERATURE = ("classes", "labels")
+
 
 def _worthwhile(directory: Path, fitted: Recipe, held_out: Predictions, before: Recipe | None = None) -> Recipe:
     """Return a recipe, or what was before if few rows show no gain."""
@@ -216,25 +260,27 @@ def _worthwhile(directory: Path, fitted: Recipe, held_out: Predictions, before: 
     if fitted.fitted.gain is not None and fitted.fitted.gain > (gained or 0.0):
         return fitted
     what = "weights" if before is None else "a temperature"
-    log.info("%s: without %s, of which %d held-out images show no gain", directory, what, held_out.examples)
+    log.info("%s: without %s, of which %d held-out examples show no gain", directory, what, held_out.examples)
     return plain
 
 
 def _calibrate(curve: list[dict[str, float]], held_out: Predictions, test: Predictions) -> None:
-    """Add to each row the temperature fitted on held-out images, and the NLL at it on the test images.
+    """Add to each row the temperature fitted on held-out examples, and the NLL at it on the test examples.
 
-    Rows without stand for a temperature that runs off, or of which few images show no gain.
+    Rows without stand for a temperature that runs off, or of which few examples show no gain, or a task that has none.
     """
+    if test.kind not in _WITH_TEMPERATURE:
+        return
     for row in curve:
         first = len(test) - int(row["m"])
         try:
-            recipe = fit_temperature(Predictions(held_out[first:], held_out.labels))
+            recipe = fit_temperature(_members(held_out, slice(first, None)))
         except RunsOffError:
             continue
         gain = recipe.fitted.gain if recipe.fitted is not None else None
         if held_out.examples < FEW and not (gain or 0.0) > 0:
             continue
-        scores = score_predictions(Predictions(test[first:], test.labels), temperature=recipe.temperature)
+        scores = score_predictions(_members(test, slice(first, None)), temperature=recipe.temperature)
         row.update(temperature=recipe.temperature, calibrated_nll=scores["nll"])
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+from numpy.typing import NDArray
 
 from snapcore.backend import Backend
-from snapcore.data import TrainingData
+from snapcore.data import LOSSES, TrainingData
 from snapcore.errors import DataError, ScheduleError, SnapcoreError, StoreError
 from snapcore.lab.datasets import Dataset, load_data
 from snapcore.lab.ours import JOB
@@ -24,6 +25,8 @@ Whole = Annotated[int, msgspec.Meta(ge=0)]
 
 _SCHEDULE = ("lr_min", "warmup_steps", "remainder")
 _BACKEND = ("optimizer", "momentum", "weight_decay", "clip_norm", "precision", "device")
+_OF_THE_DATA = ("loss", "task", "data_sha256")
+_OUTPUTS = {"classes": "classes", "labels": "labels", "values": "values", "gaussian": "means with ln variances"}
 MAY_DIFFER = ("data_dir", "device")
 """Where the images lie, and what computes: a run that was moved is still that run."""
 
@@ -33,8 +36,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     Arguments:
         backend: a name from `available_backends`.
-        data: `digits`, `fashion-mnist`, or any name with `data_dir`.
-        data_dir: a folder of IDX files, or of one `.npz` archive.
+        data: a name that `load_data` knows, or any name with `data_dir`.
+        data_dir: a folder of IDX files, or of one `.npz` archive; or what else the data need.
         model: a built-in's name, or `package.module:function` of (input_shape, n_classes).
         method: a name from `snapcore.METHODS`.
         epochs: passes over the training images.
@@ -53,10 +56,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         seed: of the weights and of the batches' order.
         train_limit: keep the first so many training images.
         held_out: the share of them that is kept back, to choose and calibrate members on.
+        loss: what to train with, one of `snapcore.data.LOSSES`; None for what the data ask for, until they are loaded.
+        task: the kind of task that the loss is for.
         data_sha256: the digest of the images and labels, once they are loaded.
 
     Raises:
-        DataError: a number for the optimizer is out of range.
+        DataError: a number for the optimizer is out of range, or the loss is none, or for another task.
     """
 
     backend: str
@@ -80,9 +85,15 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     seed: Whole = 0
     train_limit: Count | None = None
     held_out: float | None = None
+    loss: str | None = "cross-entropy"  # as in runs from before there were others
+    task: str | None = "classes"
     data_sha256: str | None = None
 
     def __post_init__(self) -> None:
+        if self.loss is not None and self.loss not in LOSSES:
+            raise DataError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if self.loss is not None and self.task != LOSSES[self.loss]:
+            raise DataError(f"task must be {LOSSES[self.loss]} for loss {self.loss}, got {self.task!r}")
         if self.momentum is not None and not 0 <= self.momentum <= 1:
             raise DataError(f"momentum must be in 0..1, got {self.momentum}")
         for name in ("weight_decay", "clip_norm"):
@@ -100,6 +111,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return load_data(
             self.data,
             directory or self.data_dir,
+            loss=self.loss,
             train_limit=self.train_limit,
             held_out=self.held_out or 0.0,
             seed=self.seed,
@@ -107,7 +119,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     def training_data(self, dataset: Dataset) -> TrainingData:
         """Return the training part in this job's order."""
-        return TrainingData(dataset.x_train, dataset.y_train, dataset.n_classes, self.batch_size, self.seed)
+        return _training_data(dataset, dataset.x_train, dataset.y_train, self.batch_size, self.seed)
 
     def program(self, data: TrainingData) -> Program:
         """Return the method over the budget of `epochs`."""
@@ -137,17 +149,20 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         """Return the backend's state with this job's model in it, to restore members into.
 
         Raises:
-            DataError: the model cannot be built, or does not take the images and give a number per class.
+            DataError: the model cannot be built, or does not take the images and give what the task needs.
         """
-        one = TrainingData(dataset.x_train[:1], dataset.y_train[:1], dataset.n_classes, 1)  # only its shape is needed
+        one = _training_data(dataset, dataset.x_train[:1], dataset.y_train[:1], 1)  # only its shape is needed
         options = self.options(backend)
         with self.errors_named():
             state = backend.init(self.resolved_model(), one, program, seed=self.seed, **options)
             if self.has_own_model:
                 shape = tuple(backend.logits(state, dataset.x_test[:2]).shape)
-                wanted = (len(dataset.x_test[:2]), dataset.n_classes)
+                wanted = (len(dataset.x_test[:2]), *dataset.positions, one.n_outputs)
                 if shape != wanted:
-                    raise ValueError(f"its output must have shape {wanted}, images and classes, got {shape}")
+                    what = " and ".join(
+                        [f"{dataset.noun}s", *(["pixels"] if dataset.positions else []), _OUTPUTS[dataset.kind]]
+                    )
+                    raise ValueError(f"its output must have shape {wanted}, {what}, got {shape}")
         return state
 
     @contextmanager
@@ -196,9 +211,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             raise StoreError(f"{directory} cannot be written: {error}; choose another --output") from error
 
     def differing(self, other: "Job") -> list[str]:
-        """Return the names of what is not the same in another job; a digest that is not known yet is the same."""
+        """Return the names of what is not the same in another job; what is not known before the data is the same."""
         names = [name for name in self.__struct_fields__ if getattr(self, name) != getattr(other, name)]
-        return [name for name in names if name != "data_sha256" or self.data_sha256 is not None]
+        return [name for name in names if name not in _OF_THE_DATA or getattr(self, name) is not None]
 
     def refuse_other(self, directory: Path) -> dict[str, Any]:
         """Raise `StoreError` unless this is the job kept in a run directory; return what may differ and does.
@@ -221,6 +236,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
                 "another --output, or pass --no-resume, which moves it aside"
             )
         return {name: getattr(other, name) for name in names}
+
+
+def _training_data(dataset: Dataset, x: NDArray[Any], y: NDArray[Any], batch_size: int, seed: int = 0) -> TrainingData:
+    return TrainingData(x, y, dataset.n_classes, batch_size, seed, loss=dataset.loss, ignore=dataset.ignore)
 
 
 def load_job(directory: Path) -> Job:

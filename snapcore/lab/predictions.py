@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax
+from scipy.special import log_expit, log_softmax
 
-from snapcore.ensemble import Predictions
+from snapcore.ensemble import Predictions, score_predictions
 from snapcore.errors import DataError, StoreError
 from snapcore.lab.backends import start_backend
 from snapcore.lab.datasets import Dataset
@@ -63,11 +63,13 @@ def predictions_of(
         made = _run(store, job, dataset, lacking, x, device)
         known |= {member.sha256: each for member, each in zip(lacking, made, strict=True)}
         digests = [member.sha256 for member in finished if member.sha256 in known]
-        _keep(path, Predictions([known[each] for each in digests], y, split=split, data=data, members=digests))
+        facts = {"split": split, "data": data, "members": digests}
+        _keep(path, as_predictions(dataset, [known[each] for each in digests], y, **facts))
     digests = [member.sha256 for member in wanted]
     if kept is not None and kept.members == tuple(digests):
         return kept  # which lies in its file
-    return Predictions([known[each] for each in digests], y, split=split, data=data, members=digests)
+    facts = {"split": split, "data": data, "members": digests}
+    return as_predictions(dataset, [known[each] for each in digests], y, **facts)
 
 
 def _digest(job: Job) -> str:
@@ -105,9 +107,40 @@ def finished_members(store: SnapshotStore) -> list[Member]:
     return members
 
 
-def probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the softmax of logits over the last axis, in float64."""
-    return np.asarray(np.exp(log_softmax(logits.astype(np.float64), axis=-1)))
+def as_predicted(dataset: Dataset, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return what a model's raw outputs say, as `Predictions` hold it.
+
+    Arguments:
+        dataset: says which kind of task it is, and the shape of its targets.
+        outputs: [examples, …, outputs].
+
+    Returns:
+        Log-probabilities of classes, or of each label, [examples, …, outputs]; values in the shape of the targets; or
+        in one more axis, of 2, mean and variance.
+    """
+    wide = outputs.astype(np.float64)
+    if dataset.kind == "classes":
+        return np.asarray(log_softmax(wide, axis=-1), np.float32)
+    if dataset.kind == "labels":
+        return np.asarray(log_expit(wide), np.float32)
+    shape = (len(outputs), *dataset.y_test.shape[1:])
+    if dataset.kind == "values":
+        return wide.reshape(shape).astype(np.float32)
+    means, logs = np.split(wide, 2, axis=-1)
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes inf, which `Predictions` refuse
+        return np.stack([means.reshape(shape), np.exp(logs).reshape(shape)], axis=-1).astype(np.float32)
+
+
+def as_predictions(
+    dataset: Dataset, arrays: Sequence[NDArray[np.float32]], y: NDArray[Any], **facts: Any
+) -> Predictions:
+    """Return what members predict, [members, examples, …] in the dataset's kind, with the targets `y`."""
+    return Predictions(arrays, y, kind=dataset.kind, ignore=dataset.ignore, **facts)
+
+
+def score_outputs(dataset: Dataset, outputs: NDArray[np.float32]) -> dict[str, float]:
+    """Score a model's raw outputs for the test part."""
+    return score_predictions(as_predictions(dataset, [as_predicted(dataset, outputs)], dataset.y_test))
 
 
 def _part(store: SnapshotStore, job: Job, dataset: Dataset, split: str) -> tuple[NDArray[np.float32], NDArray[Any]]:
@@ -140,7 +173,7 @@ def _run(
     x: NDArray[np.float32],
     device: str | None,
 ) -> NDArray[np.float32]:
-    """Return the log-probabilities of members, [members, examples, classes]."""
+    """Return what members predict, [members, examples, …]."""
     if store.program is None:
         raise StoreError(f"{store.path} has no program: snapcore train did not make it; choose another")
     backend = start_backend(job.backend)
@@ -149,5 +182,5 @@ def _run(
     made = []
     for member in members:
         state = backend.restore(state, store.load(member.index), optimizer="keep")
-        made.append(log_softmax(backend.logits(state, x).astype(np.float64), axis=-1).astype(np.float32))
+        made.append(as_predicted(dataset, backend.logits(state, x)))
     return np.stack(made)

@@ -17,9 +17,8 @@ from snapcore.lab.history import History
 from snapcore.lab.job import MAY_DIFFER, Job, flags, load_job
 from snapcore.lab.ours import HISTORY, JOB, PLOT, RESULTS, refuse_foreign
 from snapcore.lab.plots import plot_training
-from snapcore.lab.predictions import probabilities
+from snapcore.lab.predictions import score_outputs
 from snapcore.lab.text import counted
-from snapcore.metrics import score
 from snapcore.protocol import Snapshot
 from snapcore.run import execute
 from snapcore.store import MANIFEST, SnapshotStore, move_aside, read_point
@@ -61,7 +60,7 @@ def train(
         SystemExit: with code 130 after Ctrl-C, or 143 after a SIGTERM.
     """
     dataset = job.dataset()
-    job = msgspec.structs.replace(job, data_sha256=dataset.sha256)
+    job = msgspec.structs.replace(job, loss=dataset.loss, task=dataset.kind, data_sha256=dataset.sha256)
     data = job.training_data(dataset)
     program = job.program(data)
     job.state(backend, dataset, program)  # raises for a model that cannot be built or does not fit
@@ -77,7 +76,7 @@ def train(
         log.info("%s is resumed with another %s", directory, now)
         job.save(directory)
     display.line(
-        f"{job.method} on {dataset.name}: {job.model}, {counted(len(dataset.x_train), 'training image')}, "
+        f"{job.method} on {dataset.name}: {job.model}, {counted(len(dataset.x_train), f'training {dataset.noun}')}, "
         f"{counted(program.updates, 'update')}, {counted(len(program.schedule.snapshot_steps), 'member')}; "
         f"{backend.about()}"
     )
@@ -93,7 +92,7 @@ def train(
 
         def measure(snapshot: Snapshot, state: Any) -> dict[str, float]:
             history.write()  # before the member: once the last one is there, nothing is done again
-            scores = score(probabilities(backend.logits(state, dataset.x_test)), dataset.y_test)
+            scores = score_outputs(dataset, backend.logits(state, dataset.x_test))
             display.member(snapshot, scores)
             return scores
 

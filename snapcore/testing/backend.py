@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from snapcore.backend import Backend, resolved
-from snapcore.data import TrainingData
+from snapcore.data import LOSSES, TrainingData
 from snapcore.errors import DataError
 from snapcore.protocol import Program
 from snapcore.schedule import CosineCycles, StepDecay
 from snapcore.testing.arrays import Arrays, assert_equal, frozen
+from snapcore.testing.losses import expected_loss
 
 _STEPS = 12
 
@@ -32,12 +33,16 @@ class BackendConformance:
         model: what the backend's `init` takes; nothing random in its training. It should have buffers that training
             moves (batch statistics), if the framework knows such.
         random_model: the same with dropout or the like, so that random states count.
+        plain_model: for rule 17, one that computes the same in training and in evaluation.
+        tolerance: of rule 17, how far a loss may be from NumPy's, as a share of it.
         options: for `init`, everywhere.
-        without_momentum: for `init`, where rule 6 needs plain gradient descent.
+        without_momentum: for `init`, where rules 6 and 17 need plain gradient descent.
     """
 
     model: Any = "mlp"
     random_model: Any = "mlp"
+    plain_model: Any = "mlp"
+    tolerance: float = 1e-4
     options: dict[str, Any] = {}  # noqa: RUF012 - overridden, never changed
     without_momentum: dict[str, Any] = {"momentum": 0.0}  # noqa: RUF012
 
@@ -48,6 +53,18 @@ class BackendConformance:
     def data(self) -> TrainingData:
         """Return a small classification task; override it if the model needs another shape."""
         return _task()
+
+    def task(self, loss: str) -> TrainingData:
+        """Return the same inputs with what another loss needs; of the classes, one is ignored."""
+        x, y = self.data().x, np.resize([0, 2, 1, 3, 2], len(self.data().x))
+        targets: dict[str, tuple[Any, int]] = {
+            "cross-entropy": (y, 4),
+            "binary-cross-entropy": (np.stack([y % 2, y // 2], -1), 2),
+            "squared-error": (2.0 * y, 1),
+            "gaussian-nll": (np.stack([y - 1.0, -0.5 * y, y * y / 4], -1), 3),
+        }
+        ignore = 3 if loss == "cross-entropy" else None
+        return TrainingData(x, *targets[loss], batch_size=16, seed=5, loss=loss, ignore=ignore)
 
     def test_rule_01_the_same_seed_and_member_give_the_same_weights(self) -> None:
         """Rule 1."""
@@ -190,10 +207,31 @@ class BackendConformance:
         kept = expected.keys() - statistics  # what is trained does not depend on them
         assert_equal({name: after[name] for name in kept}, {name: expected[name] for name in kept})
 
+    def test_rule_17_each_loss_is_trained_with_and_resumed_exactly(self) -> None:
+        """Rule 17: what is reported is the loss that the data name, of the model as it was, and training lowers it."""
+        for loss in LOSSES:
+            self._train_with(self.task(loss))
+
+    def _train_with(self, data: TrainingData) -> None:
+        backend, reports = self.backend(), [0.0]
+        asked = {"model": self.plain_model, "data": data, **self.without_momentum}  # rule 12 looks at moments
+        state = self._init(**asked)
+        begun = expected_loss(data, backend.logits(state, data.x), np.arange(len(data.x)))
+        for step, rows in enumerate(data.indices(0, 6)):
+            expected = expected_loss(data, backend.logits(state, data.x[rows]), rows)
+            state = backend.train(state, step, step + 1, report=lambda _, loss: reports.append(loss))
+            np.testing.assert_allclose(reports[-1], expected, self.tolerance, self.tolerance, err_msg=data.loss)
+        reached = expected_loss(data, backend.logits(state, data.x), np.arange(len(data.x)))
+        assert reached < begun, f"{data.loss} went from {begun} to {reached}"
+        dumped, values = backend.dump(state)
+        dumped, values = frozen(resolved(dumped)), json.loads(json.dumps(values))
+        other = backend.load(self._init(seed=9, **asked), dumped, values)
+        assert_equal(self._weights(self._train(other, 6, 9)), self._weights(self._train(state, 6, 9)))
+
     def _init(self, *, seed: int = 3, member: int = 1, schedule: Any = None, **options: Any) -> Any:
         program = Program("test", schedule or CosineCycles(0.05, _STEPS, 1, remainder="even"))
-        model = options.pop("model", self.model)
-        return self.backend().init(model, self.data(), program, seed=seed, member=member, **self.options, **options)
+        model, data = options.pop("model", self.model), options.pop("data", None) or self.data()
+        return self.backend().init(model, data, program, seed=seed, member=member, **self.options, **options)
 
     def _train(self, state: Any, start: int, stop: int) -> Any:
         return self.backend().train(state, start, stop, report=_ignore)

@@ -74,6 +74,22 @@ def test_the_loss_reported_is_that_of_the_whole_batch():
     np.testing.assert_allclose(*reports, rtol=1e-5)
 
 
+def test_a_device_in_whose_part_less_counts_weighs_less():
+    """Labels that are ignored lie first in every batch: in the first device's part."""
+    suite, given = TestTensorFlowBackendMirrored(), TestTensorFlowBackendMirrored().data()
+    y = given.y.copy()
+    y[given.indices(0, 6)[:, :7]] = -1
+    data, found = dataclasses.replace(given, y=y, ignore=-1), []
+    for strategy in (STRATEGY, None):
+        suite.options, losses = {"strategy": strategy}, []
+        state = suite._init(model="mlp", data=data)
+        state = suite.backend().train(state, 0, 6, report=lambda step, loss, losses=losses: losses.append(loss))
+        found.append((losses, suite._weights(state)))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
+    for name, array in found[1][1].items():
+        np.testing.assert_allclose(found[0][1][name], array, rtol=0, atol=1e-5, err_msg=name)
+
+
 def test_a_batch_that_two_devices_cannot_share_is_refused():
     suite = TestTensorFlowBackendMirrored()
     suite.data = lambda: dataclasses.replace(TestTensorFlowBackendMirrored().data(), batch_size=13)

@@ -66,7 +66,7 @@ def test_every_rule_holds_on_two_mirrored_devices(tmp_path):
         pytest.__main__.__file__, "-q", "-p", "no:cacheprovider", MIRRORED, log=tmp_path / "log", SNAPCORE_REQUIRE=""
     )
     assert process.wait() == 0, process.output + process.errors
-    assert "21 passed" in process.output
+    assert "23 passed" in process.output
 
 
 def network(seed):

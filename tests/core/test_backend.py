@@ -2,11 +2,13 @@
 
 from importlib.metadata import EntryPoint
 
+import numpy as np
 import pytest
 
 from snapcore import backend
-from snapcore.backend import GROUP, available_backends, load_backend
-from snapcore.errors import BackendNotFoundError, SnapcoreError
+from snapcore.backend import GROUP, available_backends, check_outputs, load_backend, targets
+from snapcore.data import TrainingData
+from snapcore.errors import BackendNotFoundError, DataError, SnapcoreError
 
 THIRD = EntryPoint("third", "collections:OrderedDict", GROUP)
 TORCH = EntryPoint("torch", "snapcore_torch_is_not_there.backend:TorchBackend", GROUP)
@@ -79,3 +81,63 @@ def test_an_error_inside_a_backend_is_not_taken_for_a_missing_one(monkeypatch):
 def test_not_found_is_a_lookup_error_and_a_snapcore_error():
     assert issubclass(BackendNotFoundError, LookupError)
     assert issubclass(BackendNotFoundError, SnapcoreError)
+
+
+def data(y, n_classes, loss="squared-error"):
+    return TrainingData(np.zeros((len(y), 3)), y, n_classes, batch_size=1, loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("y", "n_classes", "shape"),
+    [(np.arange(4.0), 1, (4, 1)), (np.ones((4, 1)), 1, (4, 1)), (np.ones((4, 5, 2), np.float16), 2, (4, 5, 2))],
+)
+def test_values_come_with_an_axis_of_their_own_in_float32(y, n_classes, shape):
+    found = targets(data(y, n_classes))
+    assert (found.shape, found.dtype) == (shape, np.float32)
+    assert np.array_equal(found.ravel(), y.ravel())
+
+
+def test_labels_come_as_float32_and_class_numbers_as_they_are():
+    labels, classes = np.array([[True, False]]), np.array([[1, 0]], np.uint8)
+    assert targets(data(labels, 2, "binary-cross-entropy")).tolist() == [[1.0, 0.0]]
+    assert targets(data(labels, 2, "binary-cross-entropy")).dtype == np.float32
+    assert targets(data(classes, 2, "cross-entropy")) is classes
+
+
+@pytest.mark.parametrize(
+    ("task", "found"),
+    [
+        (data(np.zeros(4, int), 3, "cross-entropy"), (2, 99)),  # the loss itself sees what fits
+        (data(np.zeros((4, 6, 7), int), 3, "cross-entropy"), (2, 6, 7, 3)),
+        (data(np.zeros((4, 6, 7), int), 3, "cross-entropy"), (None, None, None, 3)),
+        (data(np.zeros(4), 1), (2, 1)),
+        (data(np.zeros((4, 6, 2)), 2, "gaussian-nll"), (2, 6, 4)),
+    ],
+)
+def test_outputs_that_fit_the_targets_pass(task, found):
+    check_outputs(task, lambda x: found)
+
+
+@pytest.mark.parametrize(
+    ("task", "found", "message"),
+    [
+        (data(np.zeros(4), 1), (2,), r"must return \[batch, 1\] .*got \[batch\]: build it with the number of outputs"),
+        (
+            data(np.zeros(4), 1, "gaussian-nll"),
+            (2, 1),
+            r"must return \[batch, 2\] for loss='gaussian-nll'.*\[batch, 1\]",
+        ),
+        (data(np.zeros((4, 6), int), 3, "cross-entropy"), (2, 3, 6), r"got \[batch, 3, 6\]: .*permute\(0, 2, 1\) does"),
+        (data(np.zeros((4, 6, 7, 2)), 2), (2, 2, 6, 7), r"move its axis 1 to the end, as permute\(0, 2, 3, 1\) does"),
+        (data(np.zeros((4, 6, 7, 2)), 2), (2, None, 7, 3), r"got \[batch, None, 7, 3\]: build it"),
+    ],
+)
+def test_outputs_that_do_not_fit_the_targets_are_refused(task, found, message):
+    with pytest.raises(DataError, match=message):
+        check_outputs(task, lambda x: found)
+
+
+def test_a_model_s_outputs_are_looked_at_for_two_examples():
+    asked = []
+    check_outputs(data(np.zeros(4), 1), lambda x: asked.append(x.shape) or (2, 1))
+    assert asked == [(2, 3)]

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapcore.data import TrainingData, check_labels
+from snapcore.data import LOSSES, TrainingData, check_labels
+from snapcore.ensemble import KINDS
 from snapcore.errors import DataError
 
 
@@ -107,3 +108,84 @@ def test_labels_of_any_integer_type_pass(dtype):
     check_labels(np.array([0, 1, 2], dtype), 3)
     with pytest.raises(DataError, match="got 2 at position 2"):
         check_labels(np.array([0, 1, 2], dtype), 2)
+
+
+def of_kind(loss, y, n_classes, **options):
+    return TrainingData(np.zeros((len(y), 2)), y, n_classes, batch_size=1, loss=loss, **options)
+
+
+def test_every_loss_names_a_kind_of_predictions_and_every_kind_has_one():
+    assert sorted(LOSSES.values()) == sorted(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("loss", "y", "n_classes", "kind", "n_outputs"),
+    [
+        ("cross-entropy", np.array([0, 4]), 5, "classes", 5),
+        ("cross-entropy", np.array([[[0, 1], [4, 2]]]), 5, "classes", 5),
+        ("binary-cross-entropy", np.array([[0, 1, 1]]), 3, "labels", 3),
+        ("binary-cross-entropy", np.array([[True, False]]), 2, "labels", 2),
+        ("binary-cross-entropy", np.zeros((1, 4, 4, 2), np.float32), 2, "labels", 2),
+        ("squared-error", np.array([0.5, -3.0]), 1, "values", 1),
+        ("squared-error", np.zeros((2, 1)), 1, "values", 1),
+        ("squared-error", np.zeros((2, 8, 8, 3), np.float16), 3, "values", 3),
+        ("gaussian-nll", np.array([0.5, -3.0]), 1, "gaussian", 2),
+        ("gaussian-nll", np.zeros((2, 3)), 3, "gaussian", 6),
+    ],
+)
+def test_a_loss_says_what_kind_of_task_it_is_and_how_many_outputs_the_model_has(loss, y, n_classes, kind, n_outputs):
+    data = of_kind(loss, y, n_classes)
+    assert (data.kind, data.n_outputs) == (kind, n_outputs)
+
+
+def test_the_order_does_not_depend_on_the_kind_of_task():
+    classes = training_data(20, 3, seed=4)
+    values = TrainingData(classes.x, np.zeros(20), 1, 3, 4, loss="squared-error")
+    assert np.array_equal(classes.indices(0, 20), values.indices(0, 20))
+
+
+@pytest.mark.parametrize(
+    ("loss", "y", "n_classes", "message"),
+    [
+        ("hinge", np.zeros(2, int), 2, "loss must be one of cross-entropy, binary-cross-entropy, .* got 'hinge'"),
+        ("cross-entropy", np.array([[0, 1], [0, 5]]), 5, r"labels must be in 0\.\.4, got 5 at position \[1, 1\]"),
+        ("binary-cross-entropy", np.array([0, 1]), 1, r"y must have shape \[examples, …, n_classes\] for labels"),
+        ("binary-cross-entropy", np.array([[0, 1]]), 3, r"for labels, got \(1, 2\) with n_classes=3"),
+        ("binary-cross-entropy", np.array([[0, 1], [2, 1]]), 2, r"must be 0 or 1 for each label, got 2 at \[1, 0\]"),
+        ("binary-cross-entropy", np.array([[0.0, np.nan]]), 2, r"must be 0 or 1 for each label, got nan at \[0, 1\]"),
+        ("binary-cross-entropy", np.zeros((2, 0)), 0, "with n_classes=0"),
+        ("squared-error", np.zeros((2, 3)), 1, r"y must have shape \[examples\] or \[examples, …, 1\] for values"),
+        ("squared-error", np.zeros(2), 2, r"y must have shape \[examples, …, n_classes\] for values, got \(2,\)"),
+        ("squared-error", np.array([1, 2]), 1, r"floats for values, got dtype int64: pass y\.astype\(np\.float32\)"),
+        ("squared-error", np.array([1.0, np.inf]), 1, r"y must be finite for values, got inf at \[1\]"),
+        ("gaussian-nll", np.array([[np.nan, 1.0]]), 2, r"y must be finite for gaussian, got nan at \[0, 0\]"),
+        ("gaussian-nll", np.array([1 + 2j]), 1, "y must be floats for gaussian, got dtype complex128"),
+    ],
+)
+def test_targets_that_do_not_fit_the_loss_are_refused(loss, y, n_classes, message):
+    with pytest.raises(DataError, match=message):
+        of_kind(loss, y, n_classes)
+
+
+@pytest.mark.parametrize("ignore", [-100, 255, 1])
+def test_a_label_may_be_ignored(ignore):
+    labels = np.array([[0, ignore], [2, 0]])
+    assert of_kind("cross-entropy", labels, 3, ignore=ignore).ignore == ignore
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (np.array([0, -1]), r"got -1 at position 1; ignore=-100 alone may lie outside"),
+        (np.array([-100, -100]), "at least one label must count, got ignore=-100 alone"),
+    ],
+)
+def test_labels_that_are_neither_classes_nor_ignored_are_refused(y, message):
+    with pytest.raises(DataError, match=message):
+        of_kind("cross-entropy", y, 3, ignore=-100)
+
+
+@pytest.mark.parametrize("loss", ["binary-cross-entropy", "squared-error", "gaussian-nll"])
+def test_only_classes_can_be_ignored(loss):
+    with pytest.raises(DataError, match=f"ignore is for classes alone, got it with loss='{loss}'; leave those"):
+        of_kind(loss, np.zeros((2, 1)), 1, ignore=0)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from snapcore import DataError
-from snapcore_jax.models import MODELS, Cnn, Mlp
+from snapcore_jax.models import MODELS, Cnn, Fcn, Mlp
 from snapcore_jax.state import named_leaves
 
 
@@ -87,7 +87,27 @@ def test_running_statistics_move_by_a_tenth_towards_the_batchs():
     np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * images.var((0, 2, 3)), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+def test_the_fully_convolutional_network_is_five_normalised_convolutions_and_a_linear_layer_on_each_pixel():
+    model = made(Fcn, (2, 5, 7), 4, seed=1)
+    assert parameters(model) == 9 * 2 * 32 + 4 * 9 * 32 * 32 + 5 * 2 * 32 + 32 * 4 + 4
+    x = np.random.default_rng(0).normal(size=(3, 2, 5, 7)).astype(np.float32)
+    w, images = host(model), x
+    for block in range(5):
+        images = convolved(images, w[f"blocks/{block}/convolution/kernel"])
+        mean, variance = (images.mean((0, 2, 3), keepdims=True), images.var((0, 2, 3), keepdims=True))
+        images = relu((images - mean) / np.sqrt(variance + 1e-5))  # fresh scales are 1, and shifts 0
+    expected = np.moveaxis(images, 1, -1) @ w["output/kernel"] + w["output/bias"]
+    assert expected.shape == (3, 5, 7, 4)
+    np.testing.assert_allclose(applied(model, x), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(64,), (8, 8)])
+def test_the_fully_convolutional_network_refuses_what_is_no_image(shape):
+    with pytest.raises(DataError, match=r"fcn needs examples of \(channels, height, width\), got"):
+        Fcn(shape, 3, nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 17)])
 def test_a_built_in_model_takes_images_of_any_shape_and_gives_a_logit_per_class(name, shape):
     def logits(x):

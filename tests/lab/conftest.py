@@ -167,7 +167,10 @@ SCORES = {"error": 100, "nll": 709, "brier": 2, "ece": 1}
 
 
 def check_schema(found):
-    names = {"backend": str, "data": str, "model": str, "method": str, "updates": int, "seconds": float, "threads": int}
+    names = {
+        **{"backend": str, "data": str, "model": str, "method": str, "task": str, "loss": str},
+        **{"updates": int, "seconds": float, "threads": int},
+    }
     assert list(found) == [*names, "members", "ensemble", "sha256"]
     for name, kind in names.items():
         assert type(found[name]) is kind, name

@@ -74,14 +74,17 @@ WRONG = [
 
 REFUSED = [
     (["train", "--method", "bogus"], ["method must be one of single, cosine", "got 'bogus'"]),
-    (["train", "--model", "bogus"], ["model must be one of ['cnn', 'mlp'] or a function", "got 'bogus'"]),
+    (["train", "--model", "bogus"], ["model must be one of ['cnn', 'fcn', 'mlp'] or a function", "got 'bogus'"]),
     (["train", "--model", "no.such:thing"], ["--model no.such:thing", "No module named 'no'", "PYTHONPATH"]),
     (["train", "--model", "math:bogus"], ["--model math:bogus", "has no attribute 'bogus'", "package.module:function"]),
     (["train", "--model", "math:pi"], ["--model math:pi must name a function", "got 3.14"]),
     (["train", "--model", ":mlp"], ["--model :mlp", "package.module:function"]),
     (["train", "--model", ".models:mlp"], ["--model .models:mlp", "package.module:function"]),
     (["train", "--model", "mlp:"], ["--model mlp:", "package.module:function"]),
-    (["train", "--data", "bogus"], ["data must be one of digits, fashion-mnist", "got 'bogus'", "give its directory"]),
+    (
+        ["train", "--data", "bogus"],
+        ["data must be one of digits, digits-dense, fashion-mnist", "got 'bogus'", "give its directory"],
+    ),
     (["train", "--data-dir", "."], ["digits comes with scikit-learn", "another name"]),
     (["train", "--data", "x", "--data-dir", "gone"], ["gone", "does not exist"]),
     (["train", "--backend", "bogus"], ["no backend is called 'bogus'", "torch"]),

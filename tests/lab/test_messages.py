@@ -28,6 +28,8 @@ FRAMEWORKS = {
     "optimizers": "transformers:Trainer",
     "persistent": "torch.nn:Module.register_buffer",
     "vocabulary": "keras.layers:StringLookup",
+    "generator": "torch.utils.data:DataLoader.__init__",
+    "persistent_workers": "torch.utils.data:DataLoader.__init__",
 }
 """Arguments of others that a message names, and whose."""
 

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.special import log_softmax
 
 from snapcore import CorruptSnapshotError, DataError, StoreError, program
 from snapcore.ensemble import Predictions
 from snapcore.lab import predictions as module
-from snapcore.lab.datasets import load_data
+from snapcore.lab.datasets import Dataset, load_data
 from snapcore.lab.job import Job
-from snapcore.lab.predictions import finished_members, predictions_file, predictions_of, probabilities
+from snapcore.lab.predictions import as_predicted, finished_members, predictions_file, predictions_of
 from snapcore.store import SnapshotStore
 
 
@@ -71,7 +72,7 @@ JOB = Job(backend="numpy", model="mlp", held_out=0.2)
 
 def by_hand(store, index, x):
     logits = (x.reshape(len(x), -1) @ store.load(index)["w"]).astype(np.float32).astype(float)
-    return np.log(probabilities(logits))
+    return log_softmax(logits, axis=-1)
 
 
 @pytest.mark.parametrize("split", ["test", "held-out"])
@@ -217,11 +218,41 @@ def test_what_there_is_not_is_refused(store, backend, data, tmp_path):
         predictions_of(SnapshotStore(tmp_path / "own"), JOB, data)
 
 
+def dataset(loss, *positions):
+    """Data of which only the kind and the shape of the targets matter."""
+    y = np.zeros((5, *positions))
+    return Dataset("mine", y, y, y, y, 2, 0.0, 1.0, "", y, y, loss)
+
+
 @given(logits=arrays(np.float32, (5, 4), elements=st.floats(-1e4, 1e4, width=32)))
 @settings(deadline=None)
-def test_probabilities_are_the_softmax_in_float64_however_large_the_logits(logits):
-    found = probabilities(logits)
-    assert found.dtype == np.float64
+def test_outputs_for_classes_become_log_probabilities_however_large_they_are(logits):
+    found = as_predicted(dataset("cross-entropy"), logits)
+    assert found.dtype == np.float32
     wide = logits.astype(np.float64)
-    powers = np.exp(wide - wide.max(axis=1, keepdims=True))
-    np.testing.assert_allclose(found, powers / powers.sum(axis=1, keepdims=True), rtol=1e-12, atol=1e-300)
+    wide -= wide.max(axis=1, keepdims=True)
+    np.testing.assert_allclose(found, wide - np.log(np.exp(wide).sum(axis=1, keepdims=True)), rtol=1e-6, atol=1e-6)
+
+
+@given(logits=arrays(np.float32, (5, 3), elements=st.floats(-500, 500, width=32)))
+@settings(deadline=None)
+def test_outputs_for_labels_become_the_logarithm_of_each_ones_sigmoid(logits):
+    found = as_predicted(dataset("binary-cross-entropy", 3), logits)
+    np.testing.assert_allclose(found, -np.log1p(np.exp(-logits.astype(np.float64))), rtol=1e-6, atol=1e-35)
+
+
+@pytest.mark.parametrize(("positions", "width"), [((), 1), ((3,), 3)])
+def test_outputs_for_values_take_the_shape_of_the_targets(positions, width):
+    outputs = np.arange(5.0 * width, dtype=np.float32).reshape(5, width)
+    found = as_predicted(dataset("squared-error", *positions), outputs)
+    assert found.shape == (5, *positions)
+    np.testing.assert_array_equal(found.ravel(), outputs.ravel())
+
+
+@pytest.mark.parametrize(("positions", "width"), [((), 1), ((3,), 3)])
+def test_outputs_of_a_gaussian_head_are_means_and_then_the_logarithms_of_variances(positions, width):
+    means, logs = np.random.default_rng(0).normal(size=(2, 5, width)).astype(np.float32)
+    found = as_predicted(dataset("gaussian-nll", *positions), np.concatenate([means, logs], axis=1))
+    assert found.shape == (5, *positions, 2)
+    np.testing.assert_array_equal(found[..., 0].ravel(), means.ravel())
+    np.testing.assert_allclose(found[..., 1].ravel(), np.exp(logs).ravel(), rtol=1e-6)

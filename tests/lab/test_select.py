@@ -72,7 +72,7 @@ def test_predict_keeps_log_probabilities_in_the_run(cli, here, many, words, spli
     np.testing.assert_array_equal(found.labels, labels)
     assert found.shape == (3, len(labels), 10)
     where = run / "predictions" / f"{split}.safetensors"
-    assert done.out == f"{where}: log-probabilities of 3 members, {len(labels)} images, 10 classes\n"
+    assert done.out == f"{where}: log-probabilities of 3 members, {len(labels)} examples, 10 classes\n"
 
 
 def test_a_second_evaluate_of_an_unchanged_run_runs_no_member(cli, here, many, no_forward_pass):
@@ -150,7 +150,7 @@ def test_few_images_that_show_no_gain_leave_members_as_they_are_and_that_is_said
     monkeypatch.setattr("snapcore.ensemble.fitting._cross_fitted_gain", lambda *_: -0.1)
     recipe, _ = select_members(run)
     assert (recipe.weights, recipe.temperature, recipe.fitted) == ((pytest.approx(1 / 3),) * 3, 1.0, None)
-    assert f"without weights, of which {kept(run, 'held-out').examples} held-out images show no gain" in caplog.text
+    assert f"without weights, of which {kept(run, 'held-out').examples} held-out examples show no gain" in caplog.text
     assert "without a temperature" in caplog.text
     assert all("temperature" not in row for row in evaluate([run])["ensemble"])
 

@@ -32,6 +32,7 @@ class UntilTheEnd:
     def __init__(self, data):
         self._data = data
         self.x, self.y, self.n_classes = data.x, data.y, data.n_classes
+        self.loss, self.ignore, self.n_outputs = data.loss, data.ignore, data.n_outputs
 
     def indices(self, start, stop):
         if end and start <= int(end[0]) < stop:

@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_names_its_update_and_keeps_the_members_before
 
 
 def test_a_model_that_there_is_not_is_refused_with_those_there_are(digits):
-    with pytest.raises(DataError, match=r"model must be one of \['cnn', 'mlp'\] or a function.*got 'resnet'"):
+    with pytest.raises(DataError, match=r"model must be one of \['cnn', 'fcn', 'mlp'\] or a function.*got 'resnet'"):
         start(digits, "resnet")
 
 

@@ -113,6 +113,7 @@ def test_every_loss_is_reported_once_and_in_order_a_chunk_at_a_time(digits):
 
     class Telling:
         x, y, n_classes = digits.x, digits.y, digits.n_classes
+        loss, ignore, n_outputs = digits.loss, digits.ignore, digits.n_outputs
 
         def indices(self, start, stop):
             known.append(len(reports))

@@ -207,7 +207,7 @@ def test_a_model_may_be_a_function_of_the_input_shape_and_the_number_of_classes(
 
 
 def test_a_model_that_there_is_not_is_refused_with_those_there_are(digits):
-    with pytest.raises(DataError, match=r"model must be one of \['cnn', 'mlp'\] or a function.*got 'resnet'"):
+    with pytest.raises(DataError, match=r"model must be one of \['cnn', 'fcn', 'mlp'\] or a function.*got 'resnet'"):
         start(digits, "resnet")
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from snapcore import ProtocolError
+from snapcore.data import LOSSES
 from snapcore.store import SnapshotStore
 from snapcore_torch import TorchGroup
 from snapcore_torch.distributed import current_group
@@ -107,6 +108,15 @@ def test_members_are_those_of_a_single_process_with_the_same_batches(folder, fin
 def test_both_report_the_loss_of_the_whole_batch(finished, alone):
     assert finished[0]["losses"] == finished[1]["losses"]
     np.testing.assert_allclose(finished[0]["losses"], alone[1]["losses"], atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_run_of_each_kind_is_that_of_a_single_process(folder, finished, alone, loss):
+    """Also where more labels are ignored in one process than in the other."""
+    for run in (loss, f"{loss} accumulated"):
+        assert_close(members(folder / run), members(alone[0] / run))
+    assert finished[0][loss] == finished[1][loss]
+    np.testing.assert_allclose(finished[0][loss], alone[1][loss], atol=1e-5)
 
 
 def test_there_is_one_directory_with_each_member_once(folder, finished):

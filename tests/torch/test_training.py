@@ -169,7 +169,28 @@ def test_a_loader_without_batches_is_refused(loader):
         loop.run(0, 1, silent)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 11)])
+def test_the_fully_convolutional_network_gives_logits_for_each_pixel_and_looks_eleven_pixels_wide(shape):
+    model = MODELS["fcn"](shape, 6).eval()
+    convolutions = 9 * shape[0] * 32 + 4 * 9 * 32 * 32 + 5 * 2 * 32
+    assert sum(each.numel() for each in model.parameters()) == convolutions + 32 * 6 + 6
+    x = torch.randn(2, *shape, requires_grad=True)
+    logits = model(x)
+    assert logits.shape == (2, *shape[1:], 6)
+    (seen,) = torch.autograd.grad(logits[1, 0, 0].sum(), x)
+    assert not seen[0].any()
+    assert seen[1, :, :6, :6].any()
+    assert not seen[1, :, 6:].any()
+    assert not seen[1, :, :, 6:].any()
+
+
+@pytest.mark.parametrize("shape", [(64,), (8, 8)])
+def test_the_fully_convolutional_network_refuses_what_is_no_image(shape):
+    with pytest.raises(DataError, match=r"fcn needs examples of \(channels, height, width\), got"):
+        MODELS["fcn"](shape, 6)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 11)])
 def test_a_built_in_model_takes_images_of_any_shape_and_gives_a_logit_per_class(name, shape):
     logits = MODELS[name](shape, 6)(torch.randn(4, *shape))

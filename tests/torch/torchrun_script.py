@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import snapcore_torch.run
 from snapcore import CosineCycles, Program, SnapcoreError, program
-from snapcore.data import TrainingData
+from snapcore.data import LOSSES, TrainingData
 from snapcore.run import execute
 from snapcore_torch import SnapshotRun, TorchGroup
 from snapcore_torch.backend import TorchBackend
@@ -76,7 +76,7 @@ def train(directory, make=plain, schedule=CYCLES, seed=0, after=lambda run, mode
     return model
 
 
-def manage(directory, model, report=None, **options):
+def manage(directory, model, report=None, task=None, **options):
     plan = program("star", lr=0.1, steps=24, cycles=3)
     group = TorchGroup() if dist.is_initialized() else None
     device = {"device": "cpu"}
@@ -84,7 +84,7 @@ def manage(directory, model, report=None, **options):
         plan,
         TorchBackend(),
         model=model,
-        data=data(),
+        data=task or data(),
         directory=directory,
         seed=2,
         report=report,
@@ -103,7 +103,24 @@ def alike(folder):
     losses = []
     manage(folder / "managed", plain, report=lambda step, loss: losses.append(loss))
     manage(folder / "accumulated", plain, accumulate=2, ema=0.5)
-    return {"losses": losses}
+    return {"losses": losses, **{loss: of_kind(folder, loss) for loss in LOSSES}}
+
+
+def of_kind(folder, loss):
+    """Losses of a run of another kind; of the classes, more are ignored in one process than in the other."""
+    values, losses = np.linspace(-1, 1, EXAMPLES), []
+    classes = np.where(np.arange(EXAMPLES) % 5 < 3, -1, np.arange(EXAMPLES) % 4)
+    targets = {
+        "cross-entropy": (classes, 4),
+        "binary-cross-entropy": (np.stack([values > 0, values < 0.5], -1), 2),
+        "squared-error": (values, 1),
+        "gaussian-nll": (np.stack([values, values**2], -1), 2),
+    }
+    ignore = -1 if loss == "cross-entropy" else None
+    task = TrainingData(data().x, *targets[loss], BATCH, seed=1, loss=loss, ignore=ignore)
+    manage(folder / loss, plain, task=task, report=lambda step, loss: losses.append(loss))
+    manage(folder / f"{loss} accumulated", plain, task=task, accumulate=2)
+    return losses
 
 
 def whole(folder):

@@ -75,16 +75,50 @@ class Cnn(nnx.Module):
         return self.output(nnx.relu(self.hidden(lax.collapse(x, 1))))
 
 
-class _Block(nnx.Module):
+class Fcn(nnx.Module):
+    """Five 3 × 3 convolutions of 32 channels with batch normalisation, and a linear layer on each pixel.
+
+    Images come as [batch, channels, height, width], and batch normalisation is as in `Cnn`. A pixel's outputs depend on
+    the 11 × 11 around it.
+
+    Arguments:
+        input_shape: of one example: (channels, height, width).
+        n_classes: numbers for each pixel, such as logits.
+        rngs: the keys of the weights.
+
+    Raises:
+        DataError: the examples are no images.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...], n_classes: int, rngs: nnx.Rngs) -> None:
+        if len(input_shape) != 3:
+            raise DataError(f"fcn needs examples of (channels, height, width), got {input_shape}")
+        widths = (input_shape[0], 32, 32, 32, 32, 32)
+        self.blocks = nnx.List([_Convolution(*pair, rngs) for pair in itertools.pairwise(widths)])
+        self.output = nnx.Linear(widths[-1], n_classes, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return outputs for every pixel, [batch, height, width, n_classes]."""
+        x = jnp.moveaxis(x, 1, -1)
+        for block in self.blocks:
+            x = block(x)
+        return self.output(x)
+
+
+class _Convolution(nnx.Module):
     def __init__(self, before: int, after: int, rngs: nnx.Rngs) -> None:
         self.convolution = nnx.Conv(before, after, (3, 3), use_bias=False, rngs=rngs)
         self.norm = nnx.BatchNorm(after, momentum=0.9, epsilon=1e-5, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.convolution(x)
-        x = self.norm(x).astype(x.dtype)  # its statistics are float32, whatever the rest is computed in
-        pooled: jax.Array = nnx.max_pool(nnx.relu(x), (2, 2), strides=(2, 2))
+        return nnx.relu(self.norm(x).astype(x.dtype))  # its statistics are float32, whatever the rest is computed in
+
+
+class _Block(_Convolution):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        pooled: jax.Array = nnx.max_pool(super().__call__(x), (2, 2), strides=(2, 2))
         return pooled
 
 
-MODELS: dict[str, Factory] = {"mlp": Mlp, "cnn": Cnn}
+MODELS: dict[str, Factory] = {"mlp": Mlp, "cnn": Cnn, "fcn": Fcn}

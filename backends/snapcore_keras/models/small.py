@@ -12,7 +12,7 @@ from keras import layers
 from snapcore import DataError
 
 Factory = Callable[[tuple[int, ...], int], keras.Model]
-"""Makes a built model, whose outputs are logits, from the shape of one example and the number of classes."""
+"""Makes a built model from the shape of one example and the number of outputs, which are logits where it can be so."""
 
 
 def mlp(input_shape: tuple[int, ...], n_classes: int) -> keras.Model:
@@ -47,14 +47,36 @@ def cnn(input_shape: tuple[int, ...], n_classes: int) -> keras.Model:
     return keras.Sequential([keras.Input(input_shape), layers.Permute((2, 3, 1)), *blocks, *head])
 
 
+def fcn(input_shape: tuple[int, ...], n_classes: int) -> keras.Model:
+    """Return five 3 × 3 convolutions of 32 channels with batch normalisation, and a dense layer on each pixel.
+
+    Images come as [batch, channels, height, width], and batch normalisation is as in `cnn`. The outputs are
+    [batch, height, width, n_classes]; a pixel's depend on the 11 × 11 around it.
+
+    Arguments:
+        input_shape: of one example: (channels, height, width).
+        n_classes: numbers for each pixel, such as logits.
+
+    Raises:
+        DataError: the examples are no images.
+    """
+    if len(input_shape) != 3:
+        raise DataError(f"fcn needs examples of (channels, height, width), got {input_shape}")
+    blocks = [layer for _ in range(5) for layer in _convolution(32)]
+    return keras.Sequential([keras.Input(input_shape), layers.Permute((2, 3, 1)), *blocks, _dense(n_classes)])
+
+
 def _block(width: int) -> list[keras.layers.Layer]:
+    return [*_convolution(width), layers.MaxPooling2D(2, data_format="channels_last")]
+
+
+def _convolution(width: int) -> list[keras.layers.Layer]:
     return [
         layers.Conv2D(
             width, 3, padding="same", use_bias=False, data_format="channels_last", kernel_initializer=_initializer()
         ),
         layers.BatchNormalization(momentum=0.9, epsilon=1e-5),
         layers.ReLU(),
-        layers.MaxPooling2D(2, data_format="channels_last"),
     ]
 
 
@@ -66,4 +88,4 @@ def _initializer() -> keras.initializers.Initializer:
     return keras.initializers.VarianceScaling(1 / 3, mode="fan_in", distribution="uniform")
 
 
-MODELS: dict[str, Factory] = {"mlp": mlp, "cnn": cnn}
+MODELS: dict[str, Factory] = {"mlp": mlp, "cnn": cnn, "fcn": fcn}

@@ -1,5 +1,5 @@
 """The built-in models, by name in `MODELS`."""
 
-from snapcore_torch.models.small import MODELS, Factory, cnn, mlp
+from snapcore_torch.models.small import MODELS, Factory, cnn, fcn, mlp
 
-__all__ = ["MODELS", "Factory", "cnn", "mlp"]
+__all__ = ["MODELS", "Factory", "cnn", "fcn", "mlp"]

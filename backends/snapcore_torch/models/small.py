@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from snapcore import DataError
 
@@ -16,7 +16,7 @@ def mlp(input_shape: tuple[int, ...], n_classes: int) -> nn.Module:
 
     Arguments:
         input_shape: of one example, such as (1, 28, 28).
-        n_classes: width of the output, which are logits.
+        n_classes: width of the output, such as logits.
     """
     return nn.Sequential(
         nn.Flatten(),
@@ -51,10 +51,36 @@ def cnn(input_shape: tuple[int, ...], n_classes: int) -> nn.Module:
     )
 
 
+def fcn(input_shape: tuple[int, ...], n_classes: int) -> nn.Module:
+    """Return five 3 × 3 convolutions of 32 channels with batch normalisation, and a linear layer on each pixel.
+
+    The outputs are [batch, height, width, n_classes]. A pixel's depend on the 11 × 11 around it.
+
+    Arguments:
+        input_shape: of one example: (channels, height, width).
+        n_classes: numbers for each pixel, such as logits.
+
+    Raises:
+        DataError: the examples are no images.
+    """
+    if len(input_shape) != 3:
+        raise DataError(f"fcn needs examples of (channels, height, width), got {input_shape}")
+    widths = (input_shape[0], 32, 32, 32, 32, 32)
+    blocks = itertools.starmap(_convolution, itertools.pairwise(widths))
+    return nn.Sequential(*blocks, _ChannelsLast(), nn.Linear(widths[-1], n_classes))
+
+
+class _ChannelsLast(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.permute(0, 2, 3, 1)
+
+
+def _convolution(before: int, after: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
+
+
 def _block(before: int, after: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)
-    )
+    return nn.Sequential(*_convolution(before, after), nn.MaxPool2d(2))
 
 
-MODELS: dict[str, Factory] = {"mlp": mlp, "cnn": cnn}
+MODELS: dict[str, Factory] = {"mlp": mlp, "cnn": cnn, "fcn": fcn}

@@ -1,6 +1,6 @@
-"""The lab's images: scikit-learn's digits, folders of IDX files, `.npz` archives.
+"""The lab's data: images in folders of IDX files and `.npz` archives, scikit-learn's digits, a table, rated texts.
 
-Three readers find the arrays; one path checks, scales and standardises them. The rest of the lab imports from here,
+A reader finds the arrays; one path checks, scales and standardises them. The rest of the lab imports from here,
 never from a file behind this door.
 """
 
@@ -12,14 +12,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from snapcore.data import LOSSES
 from snapcore.errors import DataError
+from snapcore.lab.datasets.dense import read_dense_digits
 from snapcore.lab.datasets.digits import read_digits
 from snapcore.lab.datasets.idx import read_idx, spellings
-from snapcore.lab.datasets.images import as_channels_first, as_labels, as_pixels, digest, standardise
+from snapcore.lab.datasets.images import as_inputs, as_pixels, digest, standardise
 from snapcore.lab.datasets.npz import read_npz
+from snapcore.lab.datasets.randhie import read_randhie
+from snapcore.lab.datasets.targets import as_targets, count_outputs, held_out_rows, loss_of
+from snapcore.lab.datasets.vader import read_vader
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable
+    from typing import Any
 
     from numpy.typing import NDArray
 
@@ -31,32 +38,59 @@ _INSTALLED = {"fashion-mnist": Path("/usr/share/datasets/fashion-mnist")}
 """Where Debian's packages put the data sets that have a name here."""
 
 
+_EMBEDDED: dict[str, Callable[[], Arrays]] = {"digits": read_digits, "digits-dense": read_dense_digits}
+"""Those that come with scikit-learn."""
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Hold a classification task, split and standardised: x = (pixel - mean) / std.
+    """Hold a task, split and standardised: x = (x - mean) / std.
 
-    `x_train`, `x_test` and `x_held_out`, which may be empty, are float32 [n, channels, height, width], C-contiguous;
-    their labels int64 [n] in 0..n_classes - 1. `mean` and `std` (scalars; a pixel stored as an integer counts as
-    value / 255) come from the training images alone. `sha256` is the digest of images and labels as they are stored.
+    `x_train`, `x_test` and `x_held_out`, which may be empty, are float32, C-contiguous: images [n, channels, height,
+    width], or vectors [n, features]. Their labels are for classes int64 [n], or [n, height, width] with one for each
+    pixel, in 0..n_classes - 1 or `ignore`; for labels int64 [n, n_classes] of 0 and 1; for values and gaussian float32
+    [n], or [n, n_classes] where there are several. `mean` and `std` come from the training part alone: of all pixels (a
+    pixel stored as an integer counts as value / 255), or of each feature, [features]. `sha256` is the digest of what is
+    stored. `loss` names what to train with, and with it the `kind` of task. `spread` is how far apart people were on
+    each example of the test part, [n], where that is known.
     """
 
     name: str
     x_train: NDArray[np.float32]
-    y_train: NDArray[np.int64]
+    y_train: NDArray[Any]
     x_test: NDArray[np.float32]
-    y_test: NDArray[np.int64]
+    y_test: NDArray[Any]
     n_classes: int
-    mean: float
-    std: float
+    mean: float | NDArray[np.float64]
+    std: float | NDArray[np.float64]
     sha256: str
     x_held_out: NDArray[np.float32]
-    y_held_out: NDArray[np.int64]
+    y_held_out: NDArray[Any]
+    loss: str = "cross-entropy"
+    ignore: int | None = None
+    spread: NDArray[np.float64] | None = None
+
+    @property
+    def kind(self) -> str:
+        """What a model predicts: one of `snapcore.ensemble.KINDS`."""
+        return LOSSES[self.loss]
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The axes between examples and outputs, such as (height, width) where every pixel has a class; else none."""
+        return self.y_test.shape[1:] if self.kind == "classes" else ()
+
+    @property
+    def noun(self) -> str:
+        """What one of the examples is called."""
+        return "image" if self.x_train.ndim == 4 else "example"
 
 
 def load_data(
     name: str = "digits",
     directory: Directory = None,
     *,
+    loss: str | None = None,
     train_limit: int | None = None,
     held_out: float = 0.0,
     seed: int = 0,
@@ -64,12 +98,16 @@ def load_data(
     """Load a data set by name or from a directory.
 
     Args:
-        name: `digits` (1347 + 450 images of 8x8, embedded in scikit-learn; the split never changes),
-            `fashion-mnist` (from Debian's package, or `directory`), or any label for what `directory` holds.
+        name: `digits` (1347 + 450 images of 8x8, embedded in scikit-learn; the split never changes), `digits-dense`
+            (two of them in a picture, and a class for each pixel), `fashion-mnist` (from Debian's package, or
+            `directory`), `randhie` (a table, from statsmodels or `directory`), `vader` (texts with people's ratings,
+            `directory` being vaderSentiment's sdist), or any label for what `directory` holds.
         directory: a folder with the four IDX files (`train-images-idx3-ubyte`, …, also `.gz`), a folder with
             exactly one `.npz`, or that file: keys as in Keras (`x_train`, …) or MedMNIST (`train_images`, …),
             images [n, height, width] or [n, height, width, channels]; integers 0..255, or floats taken as
-            they are. Default: where `name` is installed.
+            they are; or vectors, floats [n, features]. Default: where `name` is installed.
+        loss: one of `snapcore.data.LOSSES`. Default: what the data are for; of an `.npz` archive whose labels are
+            floats `squared-error`, whose labels are [n, labels] of 0 and 1 `binary-cross-entropy`.
         train_limit: keep only the first this many training images, 1..n. Default: all.
         held_out: the share of these that is not trained on, 0 <= share < 1; the same of each class.
         seed: decides which.
@@ -78,7 +116,7 @@ def load_data(
         A `Dataset`, standardised by the training images that are kept.
 
     Raises:
-        DataError: for an unknown name, missing or damaged files, and arrays that are not images and labels.
+        DataError: for an unknown name, missing or damaged files, and arrays that are not examples and labels.
 
     Example:
         >>> data = load_data("digits")
@@ -87,10 +125,9 @@ def load_data(
     """
     arrays = _read(name, directory)
     where = name if directory is None else f"{name} in {directory}"
-    x_train = as_channels_first(arrays.x_train, f"{where}: training")
-    x_test = as_channels_first(arrays.x_test, f"{where}: test")
-    y_train = as_labels(arrays.y_train, len(x_train), f"{where}: training")
-    y_test = as_labels(arrays.y_test, len(x_test), f"{where}: test")
+    x_train, x_test = as_inputs(arrays.x_train, f"{where}: training"), as_inputs(arrays.x_test, f"{where}: test")
+    loss = loss_of(arrays, loss, where)
+    y_train, y_test = as_targets(arrays, LOSSES[loss], where)
     n = len(y_train) if train_limit is None else train_limit
     if not 1 <= n <= len(y_train):
         raise DataError(f"train_limit must be in 1..{len(y_train)}, the training images, got {n}")
@@ -98,41 +135,35 @@ def load_data(
     if kinds[0] != kinds[1]:
         alike = "training and test images must have one type and shape"
         raise DataError(f"{where}: {alike}, got {' and '.join(kinds)}: convert them alike")
-    x_train, y_train, n_classes = x_train[:n], y_train[:n], int(max(y_train.max(), y_test.max())) + 1
+    n_classes = count_outputs(LOSSES[loss], y_train, y_test, arrays.ignore)
+    x_train, y_train = x_train[:n], y_train[:n]
     # Of what is stored: the last bits of a mean differ between one machine's NumPy and another's.
     sha256 = digest(x_train, y_train, x_test, y_test)
-    kept_back = _held_out(y_train, held_out, seed, where)
+    stratified = loss == "cross-entropy" and y_train.ndim == 1
+    kept_back = held_out_rows(y_train, held_out, seed, where, stratified=stratified)
     x_train, x_held_out, y_train, y_held_out = (
         part for array in (x_train, y_train) for part in (array[~kept_back], array[kept_back])
     )
     pixels = [as_pixels(x, where) for x in (x_train, x_test)]
     others = as_pixels(x_held_out, where) if len(x_held_out) else np.empty((0, *pixels[0].shape[1:]), np.float32)
-    x_train, (x_test, x_held_out), mean, std = standardise(pixels[0], (pixels[1], others), where)
-    return Dataset(name, x_train, y_train, x_test, y_test, n_classes, mean, std, sha256, x_held_out, y_held_out)
-
-
-def _held_out(labels: NDArray[np.int64], share: float, seed: int, where: str) -> NDArray[np.bool_]:
-    """Return which images are kept back: of each class, whose images are shuffled, the first `share`."""
-    if not 0 <= share < 1:
-        raise DataError(f"held_out must be a share in 0..1, 1 excluded, got {share}: 0.1 is customary")
-    kept_back = np.zeros(len(labels), bool)
-    for number in np.unique(labels):
-        of_class = np.random.default_rng([seed, int(number)]).permutation(np.flatnonzero(labels == number))
-        kept_back[of_class[: round(share * len(of_class))]] = True
-    if share and not kept_back.any():
-        raise DataError(f"{where}: held_out={share} keeps none of {len(labels)} images back: raise it")
-    if kept_back.all():
-        raise DataError(f"{where}: held_out={share} leaves no image to train on: lower it")
-    return kept_back
+    x_train, (x_test, x_held_out), mean, std = standardise(pixels[0], (pixels[1], others), where, alike=arrays.alike)
+    facts = (n_classes, mean, std, sha256, x_held_out, y_held_out, loss, arrays.ignore, arrays.spread)
+    return Dataset(name, x_train, y_train, x_test, y_test, *facts)
 
 
 def _read(name: str, directory: Directory) -> Arrays:
-    if name == "digits":
+    if name in _EMBEDDED:
         if directory is not None:
-            raise DataError(f"digits comes with scikit-learn: give what {directory} holds another name")
-        return read_digits()
+            raise DataError(f"{name} comes with scikit-learn: give what {directory} holds another name")
+        return _EMBEDDED[name]()
+    if name == "randhie":
+        return read_randhie(directory)
+    if name == "vader":
+        if directory is None:
+            raise DataError("vader is in the sdist of vaderSentiment 3.3.2: give that .tar.gz as --data-dir")
+        return read_vader(Path(directory))
     if directory is None and name not in _INSTALLED:
-        known = ", ".join(["digits", *_INSTALLED])
+        known = ", ".join([*_EMBEDDED, *_INSTALLED, "randhie", "vader"])
         raise DataError(
             f"data must be one of {known}, or have a directory, got {name!r}: give its directory as --data-dir"
         )

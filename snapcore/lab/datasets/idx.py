@@ -36,7 +36,8 @@ def read_idx(files: dict[str, Path]) -> Arrays:
     Raises:
         DataError: a file cannot be read, or is not the IDX file it should be.
     """
-    return Arrays(*(_read(files[part], ndim) for part, ndim in _PARTS.items()))
+    x_train, y_train, x_test, y_test = (_read(files[part], ndim) for part, ndim in _PARTS.items())
+    return Arrays(x_train, y_train, x_test, y_test, loss="cross-entropy")
 
 
 def _read(path: Path, ndim: int) -> NDArray[np.uint8]:

@@ -14,27 +14,17 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    Images = NDArray[np.float32]
+    Floats = NDArray[np.float32]
+    Scale = float | NDArray[np.float64]
 
 
-def as_labels(labels: NDArray[Any], n_images: int, what: str) -> NDArray[np.int64]:
-    """Return class numbers, int64 [n].
+def as_inputs(x: NDArray[Any], what: str) -> NDArray[Any]:
+    """Return vectors [n, features] as they are, and images as a view [n, channels, height, width].
 
     Raises:
-        DataError: they are not one class number, 0 or more, per image.
+        DataError: they are neither.
     """
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        got = f"got {labels.dtype} {list(labels.shape)}"
-        raise DataError(f"{what} labels must be integers [n] or [n, 1], {got}: give one class number per image")
-    if len(labels) != n_images:
-        count = f"{n_images} images and {len(labels)} labels"
-        raise DataError(f"{what} part must have one label per image, got {count}: complete it")
-    labels = labels.astype(np.int64)
-    if labels.min() < 0:
-        raise DataError(f"{what} labels must be 0 or more, got {labels.min()}: number the classes from 0")
-    return labels
+    return x if x.ndim == 2 and x.dtype.kind == "f" and x.size else as_channels_first(x, what)
 
 
 def as_channels_first(images: NDArray[Any], what: str) -> NDArray[Any]:
@@ -46,7 +36,9 @@ def as_channels_first(images: NDArray[Any], what: str) -> NDArray[Any]:
     got = f"got {images.dtype} {list(images.shape)}"
     if images.ndim not in {3, 4} or images.dtype.kind not in "iuf" or images.size == 0:
         shape = "[n, height, width] or [n, height, width, channels]"
-        raise DataError(f"{what} images must be numbers {shape}, not empty, {got}: reshape them")
+        raise DataError(
+            f"{what} images must be numbers {shape}, or floats [n, features], not empty, {got}: reshape them"
+        )
     if images.ndim == 3:
         return images[:, None]
     if images.shape[1] in {1, 3} and images.shape[2] == images.shape[3] > 4:
@@ -54,14 +46,14 @@ def as_channels_first(images: NDArray[Any], what: str) -> NDArray[Any]:
     return np.moveaxis(images, 3, 1)
 
 
-def as_pixels(images: NDArray[Any], where: str) -> Images:
-    """Return float32, integers of 0..255 as 0..1.
+def as_pixels(images: NDArray[Any], where: str) -> Floats:
+    """Return float32, integers of 0..255 as 0..1, floats as they are.
 
     Raises:
         DataError: a value is not finite in float32, or an integer outside 0..255.
     """
     with np.errstate(over="ignore"):  # what is too large for float32 becomes inf, and is refused below
-        scaled: Images = np.ascontiguousarray(images, np.float32)
+        scaled: Floats = np.ascontiguousarray(images, np.float32)
     if not np.isfinite(scaled).all():
         raise DataError(f"{where}: images must be finite in float32, got inf or NaN: repair them")
     if images.dtype.kind == "f":
@@ -73,17 +65,32 @@ def as_pixels(images: NDArray[Any], where: str) -> Images:
     return scaled / np.float32(255)
 
 
-def standardise(x_train: Images, others: Sequence[Images], where: str) -> tuple[Images, list[Images], float, float]:
-    """Return all parts as (pixel - mean) / std, and the mean and deviation of the training part.
+def standardise(
+    x_train: Floats, others: Sequence[Floats], where: str, *, alike: bool
+) -> tuple[Floats, list[Floats], Scale, Scale]:
+    """Return all parts as (x - mean) / std, and the mean and deviation of the training part.
+
+    Args:
+        x_train: images or vectors.
+        others: parts that are scaled as it is.
+        where: for messages.
+        alike: whether one mean and one deviation are for all of an example, or else one for each feature of a vector.
+            A feature that is the same in all of them becomes 0.
 
     Raises:
-        DataError: all training pixels are the same.
+        DataError: all training pixels, or features, are the same.
     """
     if x_train.min() == x_train.max():
-        flat = f"training images must differ somewhere, got {x_train.flat[0]:g} in every pixel"
+        what = "pixel" if x_train.ndim == 4 else "feature"
+        flat = f"training {what}s must differ somewhere, got {x_train.flat[0]:g} in every {what}"
         raise DataError(f"{where}: {flat}: check the file, or raise train_limit")
-    mean, std = float(x_train.mean(dtype=np.float64)), float(x_train.std(dtype=np.float64))
-    return (x_train - mean) / std, [(x - mean) / std for x in others], mean, std
+    if alike or x_train.ndim == 4:
+        mean, std = float(x_train.mean(dtype=np.float64)), float(x_train.std(dtype=np.float64))
+        return (x_train - mean) / std, [(x - mean) / std for x in others], mean, std
+    means, stds = x_train.mean(axis=0, dtype=np.float64), x_train.std(axis=0, dtype=np.float64)
+    stds[stds == 0] = 1.0
+    scaled = [((x - means) / stds).astype(np.float32) for x in (x_train, *others)]
+    return scaled[0], scaled[1:], means, stds
 
 
 def digest(*arrays: NDArray[Any]) -> str:

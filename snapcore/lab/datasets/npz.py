@@ -45,7 +45,8 @@ def read_npz(path: Path) -> Arrays:
                 held = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
                 for layout in _LAYOUTS:
                     if set(held) >= set(layout):
-                        return Arrays(*(_read(path, archive, f"{key}.npy", size) for key in layout))
+                        x, y, x_test, y_test = (_read(path, archive, f"{key}.npy", size) for key in layout)
+                        return Arrays(x, y, x_test, y_test)
     except _UNREADABLE as error:
         raise DataError(f"{path} must be a .npz file of plain arrays: {error}: save it again as one") from error
     wanted, got = ", or ".join(" ".join(layout) for layout in _LAYOUTS), " ".join(held[:_SHOWN]) or "none"
