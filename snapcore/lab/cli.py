@@ -1,5 +1,6 @@
 """The command line: `snapcore train | predict | select | evaluate | inspect | verify | schedule | backends`."""
 
+import contextlib
 import itertools
 import sys
 import traceback
@@ -15,18 +16,24 @@ from snapcore.data import LOSSES
 from snapcore.ensemble import RULES, Recipe
 from snapcore.errors import BackendNotFoundError, SnapcoreError
 from snapcore.lab.backends import first_backend, start_backend
+from snapcore.lab.cells import Plan
+from snapcore.lab.compare import compare as compare_cells
+from snapcore.lab.comparison_table import describe as describe_comparison
+from snapcore.lab.comparison_table import live_table, table_of
 from snapcore.lab.describe import describe_predictions, describe_recipe, describe_run, describe_schedule, faults
 from snapcore.lab.display import Display
 from snapcore.lab.evaluate import WAYS, keep_predictions, select_members, write_results
 from snapcore.lab.evaluate import evaluate as evaluate_runs
+from snapcore.lab.executors import Executor, Processes, connect
 from snapcore.lab.job import Job, plan
-from snapcore.lab.ours import RECIPE, RESULTS, refuse_foreign
+from snapcore.lab.ours import COMPARISON, RECIPE, RESULTS, refuse_foreign
 from snapcore.lab.plots import plot_schedule
 from snapcore.lab.text import counted, printable
 from snapcore.lab.train import INTERRUPTED, is_resumable
 from snapcore.lab.train import train as train_job
 from snapcore.protocol import METHODS
 from snapcore.store import SnapshotStore
+from snapcore.verdict import FEWEST
 
 app = typer.Typer(
     help="Train once, get M models: snapshot ensembles.",
@@ -226,6 +233,71 @@ def select(
         device=device,
     )
     _keep_recipe(run, *found)
+
+
+@app.command()
+def compare(
+    methods: Annotated[str, typer.Option(help=f"Separated by commas. Of: {', '.join(METHODS)}.")] = "cosine,snapshot",
+    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, …; six are the fewest that decide.", min=1)] = FEWEST,
+    backend: Annotated[str | None, typer.Option(help="Default: the first that is installed.")] = None,
+    data: Annotated[str, typer.Option(help="As for train.")] = "digits",
+    data_dir: DataDir = None,
+    model: Annotated[str, typer.Option(help="mlp, cnn, fcn, or package.module:function.")] = "cnn",
+    epochs: Annotated[int, typer.Option(help="Passes over the training examples; the budget.", min=1)] = 100,
+    cycles: Cycles = 5,
+    lr: Lr = 0.1,
+    optimizer: Annotated[str | None, typer.Option(help="sgd or adamw. Default: sgd.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Default: 0.0001.", min=0)] = None,
+    device: Device = None,
+    batch_size: Annotated[int, typer.Option(help="Examples per update.", min=1)] = 64,
+    train_limit: Annotated[int | None, typer.Option(help="Keep the first so many training examples.", min=1)] = None,
+    held_out: Annotated[float, typer.Option(help="The share not trained on, to calibrate on.", min=0, max=1)] = 0.1,
+    loss: Annotated[str | None, typer.Option(help="As for train.")] = None,
+    least: Annotated[float, typer.Option(help="The gain under which a method is not worth it.", min=0)] = 0.0,
+    jobs: Annotated[int, typer.Option(help="Trainings at a time, in processes of this machine.", min=1)] = 1,
+    executor: Annotated[str | None, typer.Option(help="Where to train instead, such as dask://host:port.")] = None,
+    resume_every: Annotated[int | None, typer.Option(help="Updates between resume points.", min=1)] = None,
+    output: Annotated[Path | None, typer.Option(help="The comparison's directory. Default: one in runs/.")] = None,
+) -> None:
+    """Train methods at one budget with several seeds, and say whether they are worth it here."""
+    if executor is not None and jobs > 1:
+        raise typer.BadParameter("it is for processes here: leave it or --executor out", param_hint="--jobs")
+    name = first_backend()[0] if backend is None else backend
+    job = Job(
+        backend=name,
+        data=data,
+        data_dir=None if data_dir is None else str(data_dir.absolute()),
+        model=model,
+        epochs=epochs,
+        cycles=cycles,
+        lr=lr,
+        optimizer=optimizer,
+        weight_decay=weight_decay,
+        device=device,
+        batch_size=batch_size,
+        train_limit=train_limit,
+        held_out=held_out or None,
+        loss=loss,
+        task=LOSSES.get(loss or ""),
+    )
+    if job.has_own_model:
+        _import_from_here()
+    chosen = Plan(job, tuple(methods.split(",")), tuple(range(seeds)))
+    directory = output or Path("runs") / f"compare-{data}-{model.rpartition(':')[2]}"
+    display = Display()
+    with contextlib.ExitStack() as stack:
+        where: Executor | None = None
+        if executor is not None:
+            where = stack.enter_context(connect(executor))
+        elif jobs > 1:
+            where = stack.enter_context(Processes(jobs))
+        watch = stack.enter_context(live_table(display.console))
+        found = compare_cells(chosen, directory, executor=where, resume_every=resume_every, least=least, watch=watch)
+    display.console.print(table_of(found["methods"], f"means over {counted(seeds, 'seed')}"))
+    for line in describe_comparison(found):
+        _print(line)
+    _print(f"wrote {directory / COMPARISON}")
+    raise typer.Exit(1 if found["failed"] else 0)
 
 
 @app.command()

@@ -14,6 +14,8 @@ HISTORY = "history.csv"
 PLOT = "training.png"
 RESULTS = "results.json"
 RECIPE = "recipe.json"
+PLAN = "plan.json"
+COMPARISON = "comparison.json"
 
 COLUMNS = ("step", "lr", "loss")
 MAKER = "snapcore"

@@ -1,0 +1,117 @@
+"""Train what a comparison plans, wherever its executor does it, and say what came of it."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from snapcore.errors import SnapcoreError, StoreError
+from snapcore.lab.cells import Cell, Plan, cell_directory, finished, train_cell
+from snapcore.lab.comparison import summary
+from snapcore.lab.executors import Executor, Future
+from snapcore.lab.ours import COMPARISON, refuse_foreign
+from snapcore.lab.sealed import write_sealed
+
+ATTEMPTS = 3
+"""How often a cell is begun whose worker dies; each goes on from the resume point of the one before."""
+
+log = logging.getLogger("snapcore")
+
+_POLL = 0.1  # seconds
+Watch = Callable[[Mapping[Cell, Mapping[str, Any]], int], None]
+
+
+def compare(
+    plan: Plan,
+    directory: Path,
+    *,
+    executor: Executor | None = None,
+    resume_every: int | None = None,
+    least: float = 0.0,
+    watch: Watch | None = None,
+) -> dict[str, Any]:
+    """Train every cell that is not done yet, compare the methods, and write `comparison.json`.
+
+    A cell that is done is never trained again: methods and seeds added later cost only themselves. One that was killed
+    resumes.
+
+    Arguments:
+        plan: methods, seeds, and what all trainings share.
+        directory: the comparison's own; with workers on other machines, one that all see.
+        executor: where to train; default here, one cell after the other.
+        resume_every: updates between two resume points of a cell.
+        least: the gain under which a method is not worth it, in the score that decides.
+        watch: called with the results so far and the number of cells left, whenever one is done.
+
+    Returns:
+        What `comparison.json` holds: by method the lists of updates and scores by seed, paired comparisons, how many
+        independent networks each method is worth, what failed, and the verdict.
+
+    Raises:
+        StoreError: the directory holds another comparison, or files that are not snapcore's.
+        DataError: methods of unequal budgets, or no cell could be trained.
+    """
+    refuse_foreign(directory, [COMPARISON])
+    jobs = {cell: plan.job_of(cell) for cell in plan}
+    known = {cell: finished(job, cell_directory(directory, cell)) for cell, job in jobs.items()}
+    plan.keep(directory)
+    results: dict[Cell, Mapping[str, Any]] = {cell: found for cell, found in known.items() if found is not None}
+    failed: dict[Cell, str] = {}
+    say = watch or _nobody
+    say(results, len(jobs) - len(results))
+    calls = {
+        cell: (msgspec.to_builtins(jobs[cell]), str(cell_directory(directory, cell).absolute()), resume_every)
+        for cell in plan
+        if cell not in results
+    }
+    for cell, outcome in _here(calls) if executor is None else _elsewhere(calls, executor):
+        if isinstance(outcome, str):
+            failed[cell] = outcome
+            log.warning("%s failed: %s", cell.name, outcome)
+        else:
+            results[cell] = outcome
+        say(results, len(jobs) - len(results) - len(failed))
+    found = summary({cell: results[cell] for cell in plan if cell in results}, failed, least=least)
+    try:
+        write_sealed(directory / COMPARISON, found)
+    except OSError as error:
+        raise StoreError(f"{directory} cannot be written: {error}; choose another --output") from error
+    return found
+
+
+def _nobody(done: Mapping[Cell, Mapping[str, Any]], left: int) -> None:
+    """Where nobody watches."""
+
+
+def _here(calls: Mapping[Cell, tuple[Any, ...]]) -> Iterator[tuple[Cell, dict[str, Any] | str]]:
+    for cell, arguments in calls.items():
+        try:
+            yield cell, train_cell(*arguments)
+        except SnapcoreError as error:
+            yield cell, str(error)
+
+
+def _elsewhere(
+    calls: Mapping[Cell, tuple[Any, ...]], executor: Executor
+) -> Iterator[tuple[Cell, dict[str, Any] | str]]:
+    """Have all cells trained, and yield each that is done. What is not an error of ours is a worker that died."""
+    running: dict[Cell, Future] = {cell: executor.submit(train_cell, *calls[cell]) for cell in calls}
+    attempts = dict.fromkeys(running, 1)
+    while running:
+        for cell in [cell for cell, future in running.items() if future.done()]:
+            future = running.pop(cell)
+            error = future.exception()
+            if error is None:
+                yield cell, future.result()
+            elif isinstance(error, SnapcoreError):
+                yield cell, str(error)
+            elif attempts[cell] == ATTEMPTS:
+                yield cell, f"tried {ATTEMPTS} times, at last {type(error).__name__}: {error}"
+            else:
+                log.info("%s is begun again where it was: %s", cell.name, type(error).__name__)
+                attempts[cell] += 1
+                running[cell] = executor.submit(train_cell, *calls[cell])
+        time.sleep(_POLL)
