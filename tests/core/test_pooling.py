@@ -155,9 +155,7 @@ def test_the_variance_of_a_mixture_far_from_zero_is_not_lost_in_the_square_of_it
 
 @pytest.mark.parametrize("shape", [(4, 3), ()])
 def test_gaussian_outputs_that_are_no_pairs_are_refused(shape):
-    with pytest.raises(
-        DataError, match=r"'gaussian' needs outputs \[..., 2 · values\], means and then ln"
-    ):
+    with pytest.raises(DataError, match=r"'gaussian' needs outputs \[..., 2 · values\], means and then ln"):
         pooling(activation="gaussian").activated(np.zeros(shape))
 
 
