@@ -58,6 +58,7 @@ class _Operations:
     maximum = staticmethod(jnp.maximum)
     minimum = staticmethod(jnp.minimum)
     mean = staticmethod(jnp.mean)
+    stack = staticmethod(jnp.stack)
     stop_gradient = staticmethod(jax.lax.stop_gradient)
 
 
@@ -78,7 +79,9 @@ class SnapshotEnsemble:
         apply_fn: `apply_fn(variables, *args, **kwargs)` gives one member's outputs in evaluation mode: no dropout, and
             batch normalisation by the statistics in the variables. Where the variables are a model that is called,
             such as a Flax NNX module, that is `operator.call`.
-        activation: from outputs to probabilities: `"softmax"`, `"sigmoid"`, `"identity"` or a callable.
+        activation: from outputs to probabilities: `"softmax"`, `"sigmoid"`, `"identity"` or a callable. Or
+            `"gaussian"`, for outputs [..., 2 · values], means and then ln variances: a call gives the mixture's mean
+            and variance, [..., values, 2], or [..., 2] of one value.
         axis: of the classes, for softmax; by default the last of outputs [batch, …, classes]. Convolutions of
             Equinox have it first, so with its modules it may be left out for outputs [batch, classes] alone.
         output: picks the array when `apply_fn` returns something else: a key or attribute such as `"logits"`, a

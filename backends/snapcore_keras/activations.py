@@ -10,7 +10,7 @@ from keras import losses
 from numpy.typing import NDArray
 
 from snapcore import DataError
-from snapcore.ensemble import ACTIVATIONS, Output, check_activation, refuse_probabilities, softmax_axis
+from snapcore.ensemble import ACTIVATIONS, Output, check_activation, check_pairs, refuse_probabilities, softmax_axis
 
 Activation = Callable[[Any], Any]
 Check = Callable[[NDArray[Any]], None]
@@ -83,6 +83,8 @@ def ends_in(model: Any) -> str | None:
 def _check(activation: str, axis: int | None, last: str | None) -> Check | None:
     if last and activation in _PROBABILITIES:
         return partial(_refuse_again, last=last, activation=activation)
+    if activation == "gaussian":
+        return _check_pairs
     return partial(_refuse_probabilities, axis=axis) if activation == "softmax" else None
 
 
@@ -117,6 +119,10 @@ def _from_loss(given: Any, axis: int | None) -> str | None:
     if axis is None and of_loss != -1:
         raise DataError(f"the loss has the classes along axis {of_loss}, not along the last: pass axis={of_loss}")
     return "softmax"
+
+
+def _check_pairs(outputs: NDArray[Any]) -> None:
+    check_pairs(outputs.shape)
 
 
 def _refuse_probabilities(outputs: NDArray[Any], *, axis: int | None) -> None:

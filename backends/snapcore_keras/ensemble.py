@@ -57,7 +57,9 @@ class SnapshotEnsemble:
     Arguments:
         members: each member's weights, arrays in the order of `model.weights`, as `model.get_weights()` gives them.
         model: built, of any kind: functional, sequential or a subclass.
-        activation: from outputs to probabilities: `"softmax"`, `"sigmoid"`, `"identity"` or a callable. `"auto"` reads
+        activation: from outputs to probabilities: `"softmax"`, `"sigmoid"`, `"identity"` or a callable. Or
+            `"gaussian"`, for outputs [..., 2 · values], means and then ln variances: a call gives the mixture's mean
+            and variance, [..., values, 2], or [..., 2] of one value. `"auto"` reads
             `from_logits` of the compiled loss, and is identity for Keras' losses of values, such as `mse`; a loss of
             your own leaves it to a last layer of softmax or sigmoid, or is refused; without a loss it is softmax, but
             for such a last layer. It is checked against the first member's outputs for the first batch, or for zeros
@@ -217,6 +219,7 @@ class SnapshotEnsemble:
             DataError: the first batch's outputs are not what the activation takes them for, or the strategy cannot run
                 the model.
         """
+        self._layer.run_one.pooling.check_log(log)
         self._check(args, kwargs)
         if is_symbolic((args, kwargs)):
             return self._layer(*args, **kwargs, **_said(log))
@@ -309,6 +312,7 @@ class SnapshotEnsemble:
             DataError: neither the model nor `x` says what the inputs are, or the outputs of `x`, without it of a batch
                 of zeros, are not what the activation takes them for.
         """
+        self._layer.run_one.pooling.check_log(log)
         inputs = _inputs(self._layer.run_one.model, x)
         self._check((inputs if x is None else x,), {})
         return keras.Model(inputs, self._layer(inputs, **_said(log)), name="snapshot_ensemble")

@@ -55,8 +55,10 @@ class SnapshotEnsemble(_KerasEnsemble):
     Arguments:
         members: each member's weights, arrays in the order of `model.weights`, as `model.get_weights()` gives them.
         model: built, of any kind: functional, sequential or a subclass.
-        activation: from outputs to probabilities: `"softmax"`, `"sigmoid"`, `"identity"` or a callable; or `"auto"`,
-            which asks the compiled loss and the last layer, as `snapcore_keras` does.
+        activation: from outputs to probabilities: `"softmax"`, `"sigmoid"`, `"identity"` or a callable. Or
+            `"gaussian"`, for outputs [..., 2 · values], means and then ln variances: a call gives the mixture's mean
+            and variance, [..., values, 2], or [..., 2] of one value. Or `"auto"`, which asks the compiled loss and the
+            last layer, as `snapcore_keras` does.
         axis: of the classes, for softmax; by default the last.
         output: picks the tensor when the model returns something else: a key or attribute such as `"logits"`, a
             position such as `0`, or a function.

@@ -60,6 +60,7 @@ class _Operations:
     maximum = staticmethod(torch.clamp_min)
     minimum = staticmethod(torch.clamp_max)
     mean = staticmethod(torch.mean)
+    stack = staticmethod(torch.stack)
     stop_gradient = staticmethod(torch.detach)
 
 
@@ -155,7 +156,9 @@ class SnapshotEnsemble(nn.Module):
             like: left out; it is for adapters that take a function instead of a model.
             last: how many members of each run, counted from its end; default all. Unfinished ones are left out.
             members: instead, the indices of each run's members to take, such as `[1, 3]`.
-            activation: from outputs to probabilities: `"softmax"`, `"sigmoid"`, `"identity"` or a callable.
+            activation: from outputs to probabilities: `"softmax"`, `"sigmoid"`, `"identity"` or a callable. Or
+                `"gaussian"`, for outputs [..., 2 · values], means and then ln variances: a call gives the mixture's
+                mean and variance, [..., values, 2], or [..., 2] of one value.
             axis: of the classes, for softmax. It may be left out for outputs [batch, classes] alone: in PyTorch
                 images have them in axis 1, and text in axis -1.
             output: picks the tensor when the model returns something else: a key or attribute such as `"logits"`, a

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from snapcore.errors import DataError
 
-ACTIVATIONS = ("softmax", "sigmoid", "identity")
+ACTIVATIONS = ("softmax", "sigmoid", "identity", "gaussian")
 """The names that every adapter has a function for."""
 
 Output = str | int | Callable[[Any], Any]
@@ -111,6 +111,23 @@ def softmax_axis(shape: Sequence[int | None], axis: int | None, *, classes_last:
     axis = -1 if axis is None else axis
     refuse_one_output([found[axis]])
     return axis
+
+
+def check_pairs(shape: Sequence[int | None]) -> None:
+    """Check that a model's outputs are as many ln variances as means.
+
+    Args:
+        shape: of the outputs, [..., 2 · values].
+
+    Raises:
+        DataError: their number is odd.
+    """
+    length = shape[-1] if len(shape) else None
+    if length is None or length % 2:
+        raise DataError(
+            f"activation='gaussian' needs outputs [..., 2 · values], means and then ln variances, got shape "
+            f"{tuple(shape)}: have the model give both"
+        )
 
 
 def refuse_one_output(shape: Sequence[int | None]) -> None:

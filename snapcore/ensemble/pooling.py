@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from snapcore.ensemble.cascade import cascade_batch
 from snapcore.ensemble.members import Directory
-from snapcore.ensemble.outputs import are_probabilities, softmax_axis
+from snapcore.ensemble.outputs import are_probabilities, check_pairs, softmax_axis
 from snapcore.ensemble.recipe import Recipe, as_recipe
 from snapcore.errors import DataError
 
@@ -52,6 +52,8 @@ class Operations(Protocol):
     @property
     def mean(self) -> Any: ...
     @property
+    def stack(self) -> Any: ...  # (arrays, axis)
+    @property
     def stop_gradient(self) -> Callable[[Any], Any]: ...
 
 
@@ -61,13 +63,15 @@ class Pooling:
 
     Arguments:
         ops: the framework's operations.
-        activation: from outputs to probabilities: softmax, sigmoid, identity or a callable.
+        activation: from outputs to probabilities: softmax, sigmoid, identity or a callable. Or gaussian: outputs
+            [..., 2 · values], means and then ln variances, become [..., values, 2], a mean and a variance each, and
+            [..., 2] where there is one value; what is pooled is the mixture's.
         axis: of the classes, as the user passed it; see `softmax_axis`, as for `classes_last`.
         classes_last: whether the classes are the last axis of whatever outputs by convention.
         recipe: the members' weights, and the temperature of what is pooled; None for equal weights and no temperature.
 
     Raises:
-        DataError: the recipe has a temperature, and the activation is a callable.
+        DataError: the recipe has a temperature, and the activation is a callable or gaussian.
     """
 
     ops: Operations
@@ -77,10 +81,11 @@ class Pooling:
     recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
-        if callable(self.activation) and self._temperature != 1:
+        if self._temperature != 1 and (callable(self.activation) or self.activation == "gaussian"):
+            name = "a callable" if callable(self.activation) else repr(self.activation)
             raise DataError(
-                "a recipe with a temperature needs activation='softmax', 'sigmoid' or 'identity', got a callable: "
-                "pass one of these names"
+                f"a recipe with a temperature needs activation='softmax', 'sigmoid' or 'identity', got {name}: pass "
+                "one of these names"
             )
 
     @property
@@ -92,11 +97,33 @@ class Pooling:
         return replace(self, recipe=None)
 
     def in_logs(self, log: bool) -> bool:
-        """Return whether members are pooled as log-probabilities, where `log` says that the result is to be that."""
+        """Return whether members are pooled as log-probabilities, where `log` says that the result is to be that.
+
+        Raises:
+            DataError: as for `check_log`.
+        """
+        self.check_log(log)
         return log or self._temperature != 1
 
+    def check_log(self, log: bool) -> None:
+        """Refuse `log=True` of means and variances.
+
+        Raises:
+            DataError: there are no probabilities.
+        """
+        if log and self.activation == "gaussian":
+            raise DataError(
+                "log=True is for probabilities, and activation='gaussian' gives means and variances: leave it out"
+            )
+
     def activated(self, outputs: Any, *, logs: bool = False) -> Any:
-        """Return one member's probabilities, or their logarithms, of its outputs in float32 or float64."""
+        """Return one member's probabilities, or their logarithms, of its outputs in float32 or float64.
+
+        Raises:
+            DataError: the classes' axis is not clear, or outputs are not pairs of a mean and a ln variance.
+        """
+        if self.activation == "gaussian":
+            return self._moments(outputs)
         if self.activation == "softmax":
             return (self.ops.log_softmax if logs else self.ops.softmax)(outputs, self._axis(outputs))
         if self.activation == "sigmoid":
@@ -105,13 +132,15 @@ class Pooling:
         return self.ops.log(found) if logs else found
 
     def pooled(self, members: Iterable[Any], *, log: bool = False) -> Any:
-        """Return what members predict together: their weighted mean, at the recipe's temperature.
+        """Return what members predict together: their weighted mean, at the recipe's temperature; or their mixture's.
 
         Arguments:
             members: what `activated` gave of each, with `logs=in_logs(log)`; one is held at a time.
             log: whether log-probabilities are wanted.
         """
         weights = repeat(1.0) if self.recipe is None else self.recipe.weights
+        if self.activation == "gaussian":
+            return self._mixture(weights, members)
         if not self.in_logs(log):
             return _mean(weights, members)
         pooled = self._tempered(self._log_mean(weights, members))
@@ -119,7 +148,7 @@ class Pooling:
 
     def pooled_stack(self, members: Any, *, log: bool = False) -> Any:
         """Return the same of one array, the member axis first."""
-        if self.recipe is None and not log:
+        if self.recipe is None and not log and self.activation != "gaussian":
             return self.ops.mean(members, 0)
         return self.pooled((members[position] for position in range(members.shape[0])), log=log)
 
@@ -168,6 +197,33 @@ class Pooling:
 
     def _axis(self, outputs: Any) -> int:
         return softmax_axis(outputs.shape, self.axis, classes_last=self.classes_last)
+
+    def _moments(self, outputs: Any) -> Any:
+        """Return a mean and a variance of each value, [..., values, 2], or [..., 2] of one value."""
+        check_pairs(outputs.shape)
+        values = outputs.shape[-1] // 2
+        mean, log_variance = outputs[..., :values], outputs[..., values:]
+        if values == 1:
+            mean, log_variance = mean[..., 0], log_variance[..., 0]
+        return self.ops.stack([mean, self.ops.exp(log_variance)], -1)
+
+    def _mixture(self, weights: Iterable[float], members: Iterable[Any]) -> Any:
+        """Return mean and variance of Σ w N(m, v) / Σ w; the variance is that within members, and that between them.
+
+        Source: West, Updating mean and variance estimates: an improved method, CACM 1979.
+        """
+        weighed = 0.0
+        mean: Any = 0.0
+        spread: Any = 0.0
+        for weight, member in zip(weights, members, strict=False):
+            if not weight:
+                continue
+            weighed += weight
+            off = member[..., 0] - mean
+            mean = mean + off * (weight / weighed)
+            between = off * (member[..., 0] - mean)  # 0 of the first, whose mean this is
+            spread = spread + (member[..., 1] + between) * weight
+        return self.ops.stack([mean, spread / weighed], -1)
 
     def _tempered(self, logs: Any) -> Any:
         temperature = self._temperature

@@ -545,7 +545,11 @@ def test_arguments_that_every_adapter_takes_are_refused_in_the_same_words():
     refuse_like(None)
     refuse_mapped(False)
     for check, error, message in (
-        (lambda: check_activation("relu"), DataError, r"one of \['identity', 'sigmoid', 'softmax'\] or a callable"),
+        (
+            lambda: check_activation("relu"),
+            DataError,
+            r"one of \['gaussian', 'identity', 'sigmoid', 'softmax'\] or a callable",
+        ),
         (lambda: check_strategy("fast", ["loop"]), DataError, r"strategy must be one of \['loop'\], got 'fast'"),
         (lambda: check_members([]), StoreError, "at least one finished member"),
         (lambda: refuse_like({}), DataError, "like must be left out: .* got dict"),

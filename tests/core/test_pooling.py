@@ -31,6 +31,7 @@ OPS = SimpleNamespace(
     maximum=np.maximum,
     minimum=np.minimum,
     mean=np.mean,
+    stack=np.stack,
     stop_gradient=lambda values: values,
 )
 LOGITS = np.random.default_rng(0).normal(size=(3, 5, 4)) * 3
@@ -122,6 +123,56 @@ def test_a_callable_has_a_logarithm_and_no_temperature():
     np.testing.assert_allclose(pooled(pool, log=True), np.log(expected))
     with pytest.raises(DataError, match="with a temperature needs activation='softmax', 'sigmoid' or 'identity'"):
         pooling(activation=np.exp, recipe=Recipe((1.0,), temperature=2.0))
+
+
+@pytest.mark.parametrize("values", [1, 3])
+@pytest.mark.parametrize("weights", [None, (0.5, 0.2, 0.3), (0.0, 0.5, 0.5), (0.0, 1.0, 0.0)])
+def test_gaussian_members_become_the_mean_and_variance_of_their_mixture(values, weights):
+    """As of kept predictions; and the variance is E[y²] − E[y]²."""
+    outputs = np.random.default_rng(1).normal(size=(3, 5, 2, 2 * values)) * 2
+    recipe = None if weights is None else Recipe(weights)
+    pool = pooling(activation="gaussian", recipe=recipe)
+    members = np.array([pool.activated(each) for each in outputs])
+    mean, variance = outputs[..., :values], np.exp(outputs[..., values:])
+    if values == 1:
+        mean, variance = mean[..., 0], variance[..., 0]
+    np.testing.assert_allclose(members, np.stack([mean, variance], -1))
+    found = pooled(pool, outputs)
+    np.testing.assert_allclose(
+        found, (recipe or Recipe((1, 1, 1))).apply(Predictions(members, kind="gaussian")), 1e-5, 1e-6
+    )
+    np.testing.assert_allclose(found[..., 0], np.average(mean, 0, weights))
+    second = np.average(variance + mean**2, 0, weights)
+    np.testing.assert_allclose(found[..., 1], second - np.average(mean, 0, weights) ** 2)
+    np.testing.assert_allclose(pool.pooled_stack(members), found)
+
+
+def test_the_variance_of_a_mixture_far_from_zero_is_not_lost_in_the_square_of_its_mean():
+    outputs = np.array([[[1e4, -4.0]], [[1e4 + 0.5, -4.0]]], np.float32)
+    expected = np.exp(-4) + 0.0625
+    assert pooled(pooling(activation="gaussian"), outputs)[0, 1] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), ()])
+def test_gaussian_outputs_that_are_no_pairs_are_refused(shape):
+    with pytest.raises(DataError, match=r"'gaussian' needs outputs \[..., 2 · values\], means and then ln"):
+        pooling(activation="gaussian").activated(np.zeros(shape))
+
+
+def test_means_and_variances_have_no_logarithm_no_temperature_and_no_cascade():
+    recipe = Recipe(tuple(WEIGHTS), cascade=CASCADE)
+    pool = pooling(activation="gaussian", recipe=recipe)
+    with pytest.raises(DataError, match="log=True is for probabilities, and activation='gaussian' gives means and var"):
+        pooled(pool, log=True)
+    with pytest.raises(DataError, match="a cascade needs activation='softmax', got 'gaussian'"):
+        pool.cascade(lambda index, rows: LOGITS, [(5, 4)])
+    with pytest.raises(DataError, match=r"a temperature needs activation='softmax', .* got 'gaussian': pass one of"):
+        pooling(activation="gaussian", recipe=Recipe((1.0,), temperature=2.0))
+
+
+def test_values_are_pooled_by_their_weights():
+    found = pooled(pooling(activation="identity", recipe=Recipe(tuple(WEIGHTS))), LOGITS)
+    np.testing.assert_allclose(found, Recipe(tuple(WEIGHTS)).apply(Predictions(LOGITS, kind="values")), rtol=1e-5)
 
 
 def test_a_member_alone_has_no_recipe():

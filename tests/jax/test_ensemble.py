@@ -363,7 +363,9 @@ def test_last_must_be_among_the_finished_members(run, last):
 
 
 def test_an_unknown_activation_or_strategy_is_refused_with_those_there_are():
-    with pytest.raises(DataError, match=r"one of \['identity', 'sigmoid', 'softmax'\] or a callable, got 'argmax'"):
+    with pytest.raises(
+        DataError, match=r"one of \['gaussian', 'identity', 'sigmoid', 'softmax'\] or a callable, got 'argmax'"
+    ):
         SnapshotEnsemble([linear()], apply_linear, activation="argmax")
     with pytest.raises(DataError, match=r"one of \['loop', 'stacked', 'map', 'sharded'\], got 'guess'"):
         SnapshotEnsemble([linear()], apply_linear, strategy="guess")

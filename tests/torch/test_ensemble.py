@@ -288,7 +288,9 @@ def test_double_precision_stays_so():
 
 
 def test_an_unknown_activation_is_refused_with_those_there_are():
-    with pytest.raises(DataError, match=r"one of \['identity', 'sigmoid', 'softmax'\] or a callable, got 'argmax'"):
+    with pytest.raises(
+        DataError, match=r"one of \['gaussian', 'identity', 'sigmoid', 'softmax'\] or a callable, got 'argmax'"
+    ):
         SnapshotEnsemble([Constant(1)], activation="argmax")
 
 
