@@ -18,7 +18,7 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 ARGUMENT = re.compile(r"(?<![\w.\-{}'\"])([a-z][a-z_0-9]*)=(?![=>])")
 RAISING = re.compile(r"Error|Warning|BadParameter|warn|warning|info")
 MOST_WORDS = 30
-COUNTS = {"examples", "until_next"}  # said of what is there, as in examples=3
+COUNTS = {"examples", "until_next", "u"}  # said of what is there, as in examples=3
 FRAMEWORKS = {
     "wrt": "flax.nnx:Optimizer.__init__",
     "axis": "keras.ops:softmax",
