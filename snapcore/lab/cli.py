@@ -256,6 +256,7 @@ def compare(
     least: Annotated[float, typer.Option(help="The gain under which a method is not worth it.", min=0)] = 0.0,
     jobs: Annotated[int, typer.Option(help="Trainings at a time, in processes of this machine.", min=1)] = 1,
     executor: Annotated[str | None, typer.Option(help="Where to train instead, such as dask://host:port.")] = None,
+    add: Annotated[list[Path] | None, typer.Option(help="A run of a loop of yours, called NAME-seedK.")] = None,
     resume_every: Annotated[int | None, typer.Option(help="Updates between resume points.", min=1)] = None,
     output: Annotated[Path | None, typer.Option(help="The comparison's directory. Default: one in runs/.")] = None,
 ) -> None:
@@ -292,7 +293,9 @@ def compare(
         elif jobs > 1:
             where = stack.enter_context(Processes(jobs))
         watch = stack.enter_context(live_table(display.console))
-        found = compare_cells(chosen, directory, executor=where, resume_every=resume_every, least=least, watch=watch)
+        found = compare_cells(
+            chosen, directory, add=add or (), executor=where, resume_every=resume_every, least=least, watch=watch
+        )
     display.console.print(table_of(found["methods"], f"means over {counted(seeds, 'seed')}"))
     for line in describe_comparison(found):
         _print(line)

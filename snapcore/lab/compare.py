@@ -2,13 +2,14 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from snapcore.errors import SnapcoreError, StoreError
+from snapcore.errors import DataError, SnapcoreError, StoreError
+from snapcore.lab.added import added_results
 from snapcore.lab.cells import Cell, Plan, cell_directory, finished, train_cell
 from snapcore.lab.comparison import summary
 from snapcore.lab.executors import Executor, Future
@@ -28,6 +29,7 @@ def compare(
     plan: Plan,
     directory: Path,
     *,
+    add: Sequence[Path] = (),
     executor: Executor | None = None,
     resume_every: int | None = None,
     least: float = 0.0,
@@ -41,6 +43,7 @@ def compare(
     Arguments:
         plan: methods, seeds, and what all trainings share.
         directory: the comparison's own; with workers on other machines, one that all see.
+        add: runs that something else made, called `NAME-seedK`, with predictions; see `added_results`.
         executor: where to train; default here, one cell after the other.
         resume_every: updates between two resume points of a cell.
         least: the gain under which a method is not worth it, in the score that decides.
@@ -52,9 +55,11 @@ def compare(
 
     Raises:
         StoreError: the directory holds another comparison, or files that are not snapcore's.
-        DataError: methods of unequal budgets, or no cell could be trained.
+        DataError: methods of unequal budgets, runs tested on different examples, or no cell could be trained.
     """
     refuse_foreign(directory, [COMPARISON])
+    others = added_results(add, plan.job)
+    _refuse_double(others, plan)
     jobs = {cell: plan.job_of(cell) for cell in plan}
     known = {cell: finished(job, cell_directory(directory, cell)) for cell, job in jobs.items()}
     plan.keep(directory)
@@ -74,12 +79,19 @@ def compare(
         else:
             results[cell] = outcome
         say(results, len(jobs) - len(results) - len(failed))
-    found = summary({cell: results[cell] for cell in plan if cell in results}, failed, least=least)
+    found = summary({**others, **{cell: results[cell] for cell in plan if cell in results}}, failed, least=least)
     try:
         write_sealed(directory / COMPARISON, found)
     except OSError as error:
         raise StoreError(f"{directory} cannot be written: {error}; choose another --output") from error
     return found
+
+
+def _refuse_double(others: Mapping[Cell, Any], plan: Plan) -> None:
+    """Raise `DataError` for a run that is called as a cell of the plan."""
+    double = [cell.name for cell in plan if cell in others]
+    if double:
+        raise DataError(f"{', '.join(double)} would be there twice: rename what is added")
 
 
 def _nobody(done: Mapping[Cell, Mapping[str, Any]], left: int) -> None:

@@ -101,7 +101,7 @@ def evaluate(
     curve = prefix_curve(test)
     answers = [dataset.y_held_out for dataset in datasets]
     if len(held_out) == len(tested) and all(np.array_equal(each, answers[0]) for each in answers):
-        _calibrate(curve, _together(first, held_out), test)
+        calibrate(curve, _together(first, held_out), test)
     return {
         **{name: _joined(getattr(job, name) for job in jobs) for name in ("backend", "data", "model", "method")},
         "task": first.kind,
@@ -264,7 +264,7 @@ def _worthwhile(directory: Path, fitted: Recipe, held_out: Predictions, before: 
     return plain
 
 
-def _calibrate(curve: list[dict[str, float]], held_out: Predictions, test: Predictions) -> None:
+def calibrate(curve: list[dict[str, float]], held_out: Predictions, test: Predictions) -> None:
     """Add to each row the temperature fitted on held-out examples, and the NLL at it on the test examples.
 
     Rows without stand for a temperature that runs off, or of which few examples show no gain, or a task that has none.

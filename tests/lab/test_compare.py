@@ -7,10 +7,12 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from snapcore import DataError, StoreError
+from snapcore.ensemble import Predictions
 from snapcore.lab import compare as module
 from snapcore.lab.cells import Cell, Plan, train_cell
 from snapcore.lab.cli import run as command
@@ -300,3 +302,67 @@ def test_interrupted_while_it_writes_the_file_before_stays(copied, monkeypatch):
     with pytest.raises(StoreError, match="cannot be written"):
         compare(PLAN, copied)
     assert read_sealed(copied / "comparison.json") == before
+
+
+# Runs of others
+
+
+@pytest.fixture
+def mine(undisturbed, tmp_path):
+    """Two runs without a job, as a loop of one's own leaves them, with predictions; copies of the snapshot cells."""
+    runs = []
+    for seed in (0, 1):
+        run = shutil.copytree(undisturbed / "cells" / f"snapshot-seed{seed}", tmp_path / f"mine-seed{seed}")
+        for name in ("job.json", "results.json", "history.csv", "training.png"):
+            (run / name).unlink()
+        runs.append(run)
+    return runs
+
+
+def added(runs):
+    return [word for run in runs for word in ("--add", run)]
+
+
+def test_runs_of_a_loop_of_ones_own_are_compared_by_their_predictions(copied, cli, mine):
+    assert cli(*WORDS, "--output", copied, *added(mine)).code == 0
+    rows = scores(copied)["methods"]
+    assert rows["mine"] == rows["snapshot"]
+
+
+def test_what_is_added_at_another_budget_is_named(copied, cli, mine):
+    refused = cli(*WORDS, "--epochs", "4", "--output", copied.parent / "longer", *added(mine))
+    assert "got 54 updates in" in refused.refusal
+    assert not (copied.parent / "longer").exists()
+
+
+def rewritten(run, change):
+    path = run / "predictions" / "test.safetensors"
+    kept = Predictions.open(path)
+    changed = Predictions(*change(np.array(kept[:]), np.array(kept.labels)))
+    path.unlink()
+    changed.save(path)
+
+
+def fewer(run):
+    rewritten(run, lambda logs, labels: (logs[:2], labels))
+
+
+def shuffled(run):
+    rewritten(run, lambda logs, labels: (logs[:, ::-1], labels[::-1]))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda run: run.rename(run.with_name("mine")), "must be called NAME-seedK"),
+        (lambda run: shutil.rmtree(run / "predictions"), "test.safetensors does not exist: save the members'"),
+        (lambda run: run.rename(run.with_name("snapshot-seed0")), "snapshot-seed0 would be there twice"),
+        (fewer, "must hold labels and all 3 members of the run, in order, got 2"),
+        (shuffled, "was tested on other examples than digits's test set, or in another order"),
+    ],
+    ids=["name", "predictions", "double", "members", "examples"],
+)
+def test_what_cannot_be_added_is_refused_in_a_line(copied, cli, mine, spoil, said):
+    run = spoil(mine[0])
+    refused = cli(*WORDS, "--output", copied, "--add", run if isinstance(run, Path) else mine[0])
+    assert said in refused.refusal
