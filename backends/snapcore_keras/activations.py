@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from snapcore import DataError
 from snapcore.ensemble import ACTIVATIONS, Output, check_activation, check_pairs, refuse_probabilities, softmax_axis
+from snapcore_keras.losses import GaussianNll
 
 Activation = Callable[[Any], Any]
 Check = Callable[[NDArray[Any]], None]
@@ -103,6 +104,8 @@ def _losses(model: Any, output: Output | None) -> list[Any]:
 def _from_loss(given: Any, axis: int | None) -> str | None:
     """Return the activation of a loss of logits, or "probabilities" or "values", as it takes them; None if unknown."""
     loss = losses.get(given)
+    if isinstance(loss, GaussianNll):
+        return "gaussian"
     from_logits = getattr(loss, "from_logits", None)
     if from_logits is None and inspect.isfunction(loss):
         default = inspect.signature(loss).parameters.get("from_logits")

@@ -59,11 +59,11 @@ class SnapshotEnsemble:
         model: built, of any kind: functional, sequential or a subclass.
         activation: from outputs to probabilities: `"softmax"`, `"sigmoid"`, `"identity"` or a callable. Or
             `"gaussian"`, for outputs [..., 2 · values], means and then ln variances: a call gives the mixture's mean
-            and variance, [..., values, 2], or [..., 2] of one value. `"auto"` reads
-            `from_logits` of the compiled loss, and is identity for Keras' losses of values, such as `mse`; a loss of
-            your own leaves it to a last layer of softmax or sigmoid, or is refused; without a loss it is softmax, but
-            for such a last layer. It is checked against the first member's outputs for the first batch, or for zeros
-            where a model or graph is being built.
+            and variance, [..., values, 2], or [..., 2] of one value. `"auto"` reads `from_logits` of the compiled loss,
+            and is identity for Keras' losses of values, such as `mse`, and gaussian for
+            `snapcore_keras.losses.GaussianNll`; a loss of your own leaves it to a last layer of softmax or sigmoid, or
+            is refused; without a loss it is softmax, but for such a last layer. It is checked against the first
+            member's outputs for the first batch, or for zeros where a model or graph is being built.
         axis: of the classes, for softmax; by default the last. Where `keras.config.image_data_format()` is
             `"channels_first"` it may be left out for outputs [batch, classes] alone.
         output: picks the tensor when the model returns something else: a key or attribute such as `"logits"`, a

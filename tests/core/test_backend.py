@@ -4,9 +4,10 @@ from importlib.metadata import EntryPoint
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from snapcore import backend
-from snapcore.backend import GROUP, available_backends, check_outputs, load_backend, targets
+from snapcore.backend import GROUP, available_backends, check_outputs, load_backend, negative_log_density, targets
 from snapcore.data import TrainingData
 from snapcore.errors import BackendNotFoundError, DataError, SnapcoreError
 
@@ -141,3 +142,11 @@ def test_a_model_s_outputs_are_looked_at_for_two_examples():
     asked = []
     check_outputs(data(np.zeros(4), 1), lambda x: asked.append(x.shape) or (2, 1))
     assert asked == [(2, 3)]
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 3)])
+@pytest.mark.parametrize("values", [1, 3])
+def test_the_negative_log_density_is_that_of_the_normal_distribution(shape, values):
+    mean, logs, y = np.random.default_rng(0).normal(size=(3, *shape, values)) * 3
+    expected = -stats.norm.logpdf(y, mean, np.exp(logs / 2))
+    np.testing.assert_allclose(negative_log_density(np.concatenate([mean, logs], -1), y, np.exp), expected)

@@ -7,6 +7,7 @@ from keras import layers
 
 from snapcore import DataError
 from snapcore_keras import SnapshotEnsemble
+from snapcore_keras.losses import GaussianNll
 
 from ..kinds import KINDS, members_of, pooled_of, recipe_of
 
@@ -66,3 +67,10 @@ def test_means_and_variances_have_no_logarithm_and_come_in_pairs():
             call(inputs((8, 3)), log=True)
     with pytest.raises(DataError, match=r"'gaussian' needs outputs .*, got shape \(8, 3\)"):
         SnapshotEnsemble(kernels(3), net((8, 3), 3), activation="gaussian")(inputs((8, 3)))
+
+
+def test_a_model_compiled_with_the_gaussian_loss_gives_means_and_variances():
+    model = net((8, 3))
+    model.compile("sgd", GaussianNll())
+    x = inputs((8, 3))
+    close(SnapshotEnsemble(kernels(), model)(x), pooled_of("gaussian", outputs_of(kernels(), x)))
