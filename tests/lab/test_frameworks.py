@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from snapcore.ensemble import Recipe
 from snapcore.lab.cli import run
 from snapcore.lab.datasets import load_data
 from snapcore.metrics import nll
@@ -95,6 +96,34 @@ def test_a_framework_is_imported_only_if_a_run_is_of_it(runs, python, here, firs
         exit_code, imported = json.loads(done.out.splitlines()[-1])
         assert exit_code == 0
         assert sorted(imported) == expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_learns_a_mean_and_a_variance_and_leaves_a_recipe(backend, cli, here):
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(300, 4))
+    y = x[:, 0] + 0.2 * rng.normal(size=300)
+    np.savez(here / "mine.npz", x_train=x[:200], y_train=y[:200], x_test=x[200:], y_test=y[200:])
+    data = ("--data", "mine", "--data-dir", "mine.npz", "--loss", "gaussian-nll", "--held-out", "0.2", "--recipe")
+    words = (
+        "--model",
+        "mlp",
+        "--epochs",
+        "20",
+        "--cycles",
+        "2",
+        "--batch-size",
+        "20",
+        "--optimizer",
+        "adamw",
+        "--lr",
+        "0.01",
+    )
+    assert cli("train", "--backend", backend, *data, *words, "--output", "run").code == 0
+    last = json.loads((here / "run" / "results.json").read_text())["ensemble"][-1]
+    assert last["rmse"] < 0.6 * y[200:].std()
+    assert last["nll"] < 0.5 * np.log(2 * np.pi * np.e * y[200:].var())  # what a constant mean and variance cost
+    assert Recipe.open(here / "run" / "recipe.json").temperature == 1.0
 
 
 def test_a_run_of_one_framework_is_not_resumed_in_another(runs, cli):

@@ -93,6 +93,8 @@ JOBS = [
     {"momentum": -1.0},
     {"weight_decay": -1.0},
     {"clip_norm": -1.0},
+    {"loss": "hinge"},
+    {"task": "values"},
 ]
 
 
@@ -116,6 +118,8 @@ VALUES = [
     {"device": "bogus"},
     {"clip_norm": 0.0},
     {"train_limit": 10**30},
+    {"loss": "squared-error", "task": "values"},
+    {"loss": "binary-cross-entropy", "task": "labels"},
 ]
 
 

@@ -84,12 +84,18 @@ def test_what_is_kept_are_predictions_whose_own_scores_are_those_of_the_results(
     assert score_predictions(kept) == pytest.approx({name: found["ensemble"][-1][name] for name in SCORES[loss]})
 
 
-def test_a_calibrated_column_stands_only_where_there_are_probabilities(task):
+def test_only_what_has_probabilities_has_a_temperature(task):
     loss, run = task
-    rows = read_sealed(run / "results.json")["ensemble"]
+    kept, recipe = Predictions.open(run / "predictions" / "test.safetensors"), Recipe.open(run / "recipe.json")
+    rows = [row for row in read_sealed(run / "results.json")["ensemble"] if "temperature" in row]
     if "ece" not in SCORES[loss]:
-        assert not any("temperature" in row for row in rows)
-        assert Recipe.open(run / "recipe.json").temperature == 1.0
+        assert (rows, recipe.temperature) == ([], 1.0)
+    else:
+        assert rows
+        for row in rows:
+            last = Predictions(kept[-row["m"] :], kept.labels, kind=kept.kind)
+            scored = score_predictions(last, temperature=row["temperature"])
+            assert row["calibrated_nll"] == pytest.approx(scored["nll"])
 
 
 def test_training_with_a_recipe_leaves_what_select_would_write(task, cli, here):
@@ -156,7 +162,7 @@ def test_the_labels_type_or_the_loss_says_what_kind_of_task_it_is(y, loss, kind,
     assert data.kind == kind
     width = 1 if y.ndim == 1 else y.shape[1]
     assert data.n_classes == (3 if kind == "classes" else width)
-    assert data.y_train.shape == (300,) if width == 1 else (300, width)
+    assert data.y_train.shape == ((300,) if width == 1 else (300, width))
     np.testing.assert_allclose(data.y_test, y[300:].reshape(data.y_test.shape), rtol=1e-6)
 
 
