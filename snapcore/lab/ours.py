@@ -14,6 +14,8 @@ HISTORY = "history.csv"
 PLOT = "training.png"
 RESULTS = "results.json"
 RECIPE = "recipe.json"
+DIVERSITY = "diversity.json"
+DIVERSITY_PLOT = "diversity.png"
 
 COLUMNS = ("step", "lr", "loss")
 MAKER = "snapcore"
