@@ -1,5 +1,6 @@
 """Predictions, made once and kept: what may be in them, what is refused, and what a file gives back."""
 
+import json
 import math
 import tracemalloc
 
@@ -272,12 +273,18 @@ def test_every_altered_byte_is_noticed(tmp_path):
             Predictions.open(path)
 
 
-@pytest.mark.parametrize("facts", ['{"kind": "classes", "more": 1}', "[]"])
+FACTS = {"kind": "classes", "ignore": None, "split": None, "data": None, "members": None}
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [[], {"kind": "classes"}, *({**FACTS, **other} for other in ({"more": 1}, {"ignore": "x"}, {"members": "m"}))],
+)
 def test_facts_that_another_version_wrote_are_refused(tmp_path, facts):
     from snapcore.ensemble.predictions import _FORMAT, _digest
 
     tensors = {"predictions": np.zeros((1, 1, 1), np.float32)}
-    metadata = {"format": _FORMAT, "facts": facts}
+    metadata = {"format": _FORMAT, "facts": json.dumps(facts)}
     write_tensor_file(tmp_path / "p", tensors, {**metadata, "sha256": _digest(tensors, metadata)})
     with pytest.raises(CorruptSnapshotError, match=r"is not what was written: .*; make it anew"):
         Predictions.open(tmp_path / "p")
