@@ -76,6 +76,7 @@ def plot_diversity(results: Mapping[str, Any], path: Path) -> None:
     for axes, title in ((neighbours, "neighbours"), (to_last, "each member and the last")):
         axes.set(title=title, xlabel=f"share of the second member; batch statistics {statistics}")
         axes.set_ylabel("test error in percent")
+        axes.set_ylim(bottom=0)
         axes.legend()
     _save(figure, path)
 
