@@ -1,9 +1,9 @@
 """How much members differ: in what they predict, in what they get wrong, and in their weights.
 
-`p` is [members, examples, classes] in probabilities, or `Predictions`.
+`p` is [members, examples, classes] in probabilities, or `Predictions`. It is read a block of examples at a time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from snapcore.errors import DataError
 from snapcore.metrics import as_probabilities
 
 Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
 Members = Predictions | npt.ArrayLike
 
 
@@ -34,13 +35,17 @@ def correlation(p: Members) -> Floats:
     Source:
         Huang, Li, Pleiss, Liu, Hopcroft, Weinberger, Snapshot Ensembles, ICLR 2017, section 4.4 and figure 6.
     """
-    array = _probabilities(p)
-    rows = array.reshape(len(array), -1)
-    rows = rows - rows.mean(axis=1, keepdims=True)
-    lengths = np.sqrt(np.einsum("mk,mk->m", rows, rows))
-    if not lengths.min() > 0:
-        raise DataError(f"member [{int(lengths.argmin())}] gives the same output everywhere, and has no correlation")
-    found: Floats = np.clip(rows @ rows.T / np.outer(lengths, lengths), -1.0, 1.0)
+    total, count, lowest, highest = 0.0, 0, np.inf, -np.inf
+    for rows in _flat(p):
+        total, count = total + rows.sum(axis=1), count + rows.shape[1]
+        lowest, highest = np.minimum(lowest, rows.min(axis=1)), np.maximum(highest, rows.max(axis=1))
+    constant = np.flatnonzero(lowest == highest)
+    if constant.size:
+        raise DataError(f"member [{constant[0]}] gives the same output everywhere, and has no correlation")
+    mean = np.reshape(total / count, (-1, 1))
+    products = sum((rows - mean) @ (rows - mean).T for rows in _flat(p))
+    lengths = np.sqrt(np.diagonal(products))
+    found: Floats = np.clip(products / np.outer(lengths, lengths), -1.0, 1.0)
     np.fill_diagonal(found, 1.0)
     return found
 
@@ -55,9 +60,13 @@ def disagreement(p: Members) -> Floats:
         >>> disagreement([[[0.9, 0.1], [0.2, 0.8]], [[0.8, 0.2], [0.7, 0.3]]]).tolist()
         [[0.0, 0.5], [0.5, 0.0]]
     """
-    decided = _probabilities(p).argmax(axis=-1)
-    decided = decided.reshape(len(decided), -1)
-    return np.array([(decided != each).mean(axis=1) for each in decided])
+    apart: Floats | float = 0.0
+    count = 0
+    for block in _blocks(p):
+        decided = block.argmax(axis=-1).reshape(len(block), -1)
+        apart = apart + np.array([np.count_nonzero(decided != each, axis=1) for each in decided])
+        count += decided.shape[1]
+    return np.asarray(apart / count)
 
 
 def double_fault(p: Members, labels: npt.ArrayLike | None = None) -> Floats:
@@ -79,9 +88,11 @@ def double_fault(p: Members, labels: npt.ArrayLike | None = None) -> Floats:
     Source:
         Giacinto, Roli, Design of effective neural network ensembles for image classification purposes, 2001.
     """
-    array, known = _labelled(p, labels)
-    wrong = (array.argmax(axis=-1) != known).astype(np.float64)
-    return np.asarray(wrong @ wrong.T / wrong.shape[1])
+    both, count = 0.0, 0
+    for block, _, known in _labelled(p, labels):
+        wrong = (block.argmax(axis=-1) != known).astype(np.float64)
+        both, count = both + wrong @ wrong.T, count + len(known)
+    return np.asarray(both / count)
 
 
 def ambiguity(p: Members, labels: npt.ArrayLike | None = None, score: str = "nll") -> tuple[float, float, float]:
@@ -112,20 +123,12 @@ def ambiguity(p: Members, labels: npt.ArrayLike | None = None, score: str = "nll
     """
     if score not in ("nll", "brier"):
         raise DataError(f"score must be 'nll' or 'brier', got {score!r}")
-    array, known = _labelled(p, labels)
-    rows = np.arange(array.shape[1])
-    if score == "brier":
-        mean = array.mean(axis=0)
-        target = np.zeros_like(mean)
-        target[rows, known] = 1.0
-        member = float(((array - target) ** 2).sum(axis=-1).mean())
-        diversity = float(((array - mean) ** 2).sum(axis=-1).mean())
-        return member, diversity, float(((mean - target) ** 2).sum(axis=-1).mean())
-    logs = _log(array)[:, rows, known] if not isinstance(p, Predictions) else _named(p, labels).log_likelihood()
-    if not np.isfinite(logs).all():
-        raise DataError("a label has probability 0 under a member, whose loss is infinite: use score='brier'")
-    pooled = np.logaddexp.reduce(logs, axis=0) - np.log(len(logs))
-    return -float(logs.mean()), float((pooled - logs).mean()), -float(pooled.mean())
+    sums, count = np.zeros(3), 0
+    for block, logs, known in _labelled(p, labels):
+        sums += _brier_parts(block, known) if score == "brier" else _nll_parts(logs)
+        count += len(known)
+    member, diversity, ensemble = (sums / count).tolist()
+    return member, diversity, ensemble
 
 
 def weight_distance(members: Sequence[Mapping[str, Any]]) -> Floats:
@@ -157,32 +160,76 @@ def weight_distance(members: Sequence[Mapping[str, Any]]) -> Floats:
     return found
 
 
-def _probabilities(p: Members) -> Floats:
+def _brier_parts(block: Floats, known: Integers) -> Floats:
+    """Return sums over a block's rows: of the members' mean loss, their diversity, and the ensemble's loss."""
+    mean = block.mean(axis=0)
+    target = np.zeros_like(mean)
+    target[np.arange(len(known)), known] = 1.0
+    member, diversity = (float(((block - each) ** 2).sum()) / len(block) for each in (target, mean))
+    return np.array([member, diversity, ((mean - target) ** 2).sum()])
+
+
+def _nll_parts(logs: Floats) -> Floats:
+    """Return the same from log-likelihoods, [members, rows]."""
+    if not np.isfinite(logs).all():
+        raise DataError("a label has probability 0 under a member, whose loss is infinite: use score='brier'")
+    pooled = np.logaddexp.reduce(logs, axis=0) - np.log(len(logs))
+    return np.array([-logs.sum() / len(logs), (pooled - logs).sum() / len(logs), -pooled.sum()])
+
+
+def _blocks(p: Members) -> Iterator[Floats]:
+    """Yield probabilities, [members, block, …, classes]."""
     if isinstance(p, Predictions):
-        if p.kind != "classes":
-            raise DataError(f"diversity is of classes, got predictions of kind {p.kind!r}")
-        return np.asarray(np.exp(p[:].astype(np.float64)))
+        _check_kind(p)
+        yield from (np.exp(logs) for _, logs in p.blocks())
+        return
+    array = _checked(p)
+    for rows in _slices(array):
+        yield array[:, rows].astype(np.float64)
+
+
+def _flat(p: Members) -> Iterator[Floats]:
+    """Yield the same, [members, outputs]."""
+    return (block.reshape(len(block), -1) for block in _blocks(p))
+
+
+def _labelled(p: Members, labels: npt.ArrayLike | None) -> Iterator[tuple[Floats, Floats, Integers]]:
+    """Yield probabilities [members, rows, classes], log-likelihoods [members, rows] and labels [rows] that count."""
+    if isinstance(p, Predictions):
+        _check_kind(p)
+        # Labels that are given count instead of the predictions' own.
+        named = p if labels is None else Predictions(p[:], labels, ignore=p.ignore, tolerance=np.inf)
+        parts = ((rows, np.exp(logs), logs) for rows, logs in p.blocks())
+    else:
+        array = _checked(p)
+        named = Predictions(_log(array[:1].astype(np.float64)), labels, tolerance=np.inf)
+        blocks = ((rows, array[:, rows].astype(np.float64)) for rows in _slices(array))
+        parts = ((rows, block, _log(block)) for rows, block in blocks)
+    if named.labels is None:
+        raise DataError("labels are missing: pass [examples] class numbers")
+    for rows, block, logs in parts:
+        known = named.labels_of(rows)
+        counts = np.ones(known.shape, bool) if named.ignore is None else known != named.ignore
+        known = known[counts]
+        yield block[:, counts], np.take_along_axis(logs[:, counts], known[None, :, None], -1)[..., 0], known
+
+
+def _check_kind(p: Predictions) -> None:
+    if p.kind != "classes":
+        raise DataError(f"diversity is of classes, got predictions of kind {p.kind!r}")
+
+
+def _checked(p: npt.ArrayLike) -> npt.NDArray[Any]:
     array = as_probabilities(p, "members")
     if array.ndim < 3 or not array.size:
         raise DataError(f"members must be [members, examples, classes], got shape {array.shape}")
-    return array.astype(np.float64)
+    return array
 
 
-def _labelled(p: Members, labels: npt.ArrayLike | None) -> tuple[Floats, npt.NDArray[np.int64]]:
-    array = _probabilities(p)
-    if labels is None and (not isinstance(p, Predictions) or p.labels is None):
-        raise DataError("labels are missing: pass [examples] class numbers")
-    named = _named(p if isinstance(p, Predictions) else Predictions(_log(array[:1]), tolerance=np.inf), labels)
-    known = named.labels_of(slice(None)).reshape(-1)
-    array = array.reshape(len(array), -1, array.shape[-1])
-    if isinstance(p, Predictions) and p.ignore is not None:
-        array, known = array[:, known != p.ignore], known[known != p.ignore]
-    return array, known
-
-
-def _named(p: Predictions, labels: npt.ArrayLike | None) -> Predictions:
-    """Return predictions with these labels instead of their own, where there are some."""
-    return p if labels is None else Predictions(p[:], labels, ignore=p.ignore, tolerance=np.inf)
+def _slices(array: npt.NDArray[Any]) -> Iterator[slice]:
+    """Yield slices of examples, of as many numbers of one member as stay in a core's cache."""
+    step = max(1, 2**15 // array[0, 0].size)
+    return (slice(start, start + step) for start in range(0, array.shape[1], step))
 
 
 def _log(values: Floats) -> Floats:

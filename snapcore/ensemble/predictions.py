@@ -25,6 +25,16 @@ _ROW = 1e-3  # how far from 1 the rows of honest float32 softmax may sum
 _ROW_HALF = 2e-2
 
 
+class _Facts(msgspec.Struct, forbid_unknown_fields=True):
+    """What a file says of its predictions."""
+
+    kind: str
+    ignore: int | None
+    split: str | None
+    data: str | None
+    members: tuple[str, ...] | None
+
+
 class Predictions(Sequence[npt.NDArray[np.float32]]):
     """The predictions of each of M members for the same examples, with the examples' labels.
 
@@ -125,7 +135,7 @@ class Predictions(Sequence[npt.NDArray[np.float32]]):
         if metadata.get("sha256") != _digest(tensors, metadata):
             raise CorruptSnapshotError(f"{path} is not what was written: its SHA-256 is another; make it anew")
         try:
-            facts = msgspec.json.decode(metadata["facts"], type=dict[str, Any])
+            facts = msgspec.structs.asdict(msgspec.json.decode(metadata["facts"], type=_Facts))
             return cls(tensors["predictions"], tensors.get("labels"), **facts, tolerance=np.inf)
         except (KeyError, TypeError, msgspec.MsgspecError) as error:
             raise CorruptSnapshotError(f"{path} is not what was written: {error!r}; make it anew") from error
@@ -137,11 +147,11 @@ class Predictions(Sequence[npt.NDArray[np.float32]]):
             StoreError: it cannot be written.
         """
         tensors = {"predictions": self._array} | ({} if self.labels is None else {"labels": self.labels})
-        metadata = {"format": _FORMAT, "facts": msgspec.json.encode(self._facts()).decode()}
+        metadata = {"format": _FORMAT, "facts": msgspec.json.encode(_Facts(**self._facts())).decode()}
         write_tensor_file(Path(path), tensors, {**metadata, "sha256": _digest(tensors, metadata)})
 
     def _facts(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("kind", "ignore", "split", "data", "members")}
+        return {name: getattr(self, name) for name in _Facts.__struct_fields__}
 
     def __len__(self) -> int:
         return len(self._array)

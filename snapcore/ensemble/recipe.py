@@ -160,13 +160,17 @@ class Recipe:
         """Read what `save` wrote.
 
         Raises:
-            StoreError: there is no such file.
+            StoreError: there is no such file, or it cannot be read.
             CorruptSnapshotError: it is not what was written.
         """
         try:
             content = unseal(read_regular(Path(path), limit=_LONGEST, follow=True), path)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreError(f"{path} does not exist; check the path") from error
+        except StoreError:
+            raise
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error.strerror or error}; move it away") from error
         if content.pop("format", None) != _FORMAT:
             raise CorruptSnapshotError(f"{path} is not a recipe; snapcore select writes one")
         try:

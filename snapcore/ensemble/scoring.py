@@ -8,7 +8,7 @@ import numpy.typing as npt
 from snapcore.ensemble.combine import LogMean, Mean, MemberSequence, check_last, check_weights, fetchable, pool
 from snapcore.ensemble.predictions import Floats, Predictions, likelihood, log1mexp
 from snapcore.errors import DataError
-from snapcore.metrics import RowScores, crps, rmse, row_scores, score, summary
+from snapcore.metrics import RowScores, crps, row_scores, score, summary
 
 
 def prefix_curve(
@@ -139,23 +139,19 @@ def _rows(predictions: Predictions, pooled: Floats, rows: slice) -> RowScores:
 
 
 def _score_values(predictions: Predictions, shares: Floats) -> dict[str, float]:
-    kind, targets = predictions.kind, predictions.labels_of(slice(None))
-    used = np.flatnonzero(shares)
-    block = predictions[used].astype(np.float64)
-    pooled = pool(kind, block, shares[used])
-    if kind == "values":
-        return {"rmse": rmse(pooled, targets)}
-    density = LogMean("score")
-    logs = likelihood(kind, block, targets, None)
-    highest = logs.max()  # densities may exceed 1, and log-probabilities not
-    for index, each in enumerate(logs):
-        density.add(each - highest, index, float(shares[used][index]))
-    nll = -float(np.mean(density.value())) - float(highest)
-    return {
-        "rmse": rmse(pooled[..., 0], targets),
-        "nll": nll,
-        "crps": crps(block[..., 0], block[..., 1], targets, weights=shares[used]),
-    }
+    kind, used = predictions.kind, np.flatnonzero(shares)
+    squares = logs = ranked = 0.0
+    for rows, all_members in predictions.blocks():
+        targets, block = predictions.labels_of(rows), all_members[used]
+        pooled = pool(kind, block, shares[used])
+        means = pooled if kind == "values" else pooled[..., 0]
+        squares += float(np.sum((means - targets) ** 2))
+        if kind == "gaussian":
+            logs += float(pool("labels", likelihood(kind, block, targets, None), shares[used]).sum())  # of the mixture
+            ranked += targets.size * crps(block[..., 0], block[..., 1], targets, weights=shares[used])
+    count = predictions.rows
+    found = {"rmse": float(np.sqrt(squares / count))}
+    return found if kind == "values" else {**found, "nll": -logs / count, "crps": ranked / count}
 
 
 def _joined(parts: list[RowScores]) -> RowScores:

@@ -96,7 +96,13 @@ def interpolation(one: Named, other: Named, score: Score, *, points: int = 25) -
 
 
 def soup(
-    members: Sequence[Named], error: Score, *, points: int = 5, limit: float = LIMIT, force: bool = False
+    members: Sequence[Named],
+    error: Score,
+    *,
+    points: int = 5,
+    limit: float = LIMIT,
+    force: bool = False,
+    names: Sequence[object] | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
     """Return the mean of members' weights, if they share a basin.
 
@@ -106,6 +112,7 @@ def soup(
         points: how many weights are scored between two members, both ends among them.
         limit: the highest barrier in percentage points of error.
         force: whether to average whatever lies between them.
+        names: what to call the members in a message, such as their indexes; by default 1, 2 …
 
     Raises:
         DataError: a barrier is higher than `limit`, or members do not fit together.
@@ -114,11 +121,12 @@ def soup(
         Wortsman et al., Model soups, ICML 2022; Frankle, Dziugaite, Roy, Carbin, Linear mode connectivity and the
         lottery ticket hypothesis, ICML 2020, whose instability is this barrier, and who count 2 points as stable.
     """
-    for number, member in enumerate(members[:-1] if not force else (), 1):
+    called = range(1, len(members) + 1) if names is None else names
+    for name, member in zip(called, members[:-1] if not force else (), strict=False):
         found = interpolation(member, members[-1], error, points=points)
         if found.barrier > limit:
             raise DataError(
-                f"members {number} and {len(members)} do not share a basin: a barrier of {found.barrier:.1f} points of "
+                f"members {name} and {called[-1]} do not share a basin: a barrier of {found.barrier:.1f} points of "
                 f"error lies between them, and at most {limit:g} is allowed; force=True averages them all the same"
             )
     return mean_weights(members)

@@ -96,6 +96,11 @@ def uncertainty_quality(
     labels = predictions.labels_of(slice(None))
     counts = np.ones(labels.shape, bool) if predictions.ignore is None else labels != predictions.ignore
     wrong = (np.concatenate(decided) != labels)[counts]
+    if wrong.all() or not wrong.any():
+        raise DataError(
+            "some predictions must be wrong and some right for uncertainty to tell them apart, got "
+            f"{np.count_nonzero(wrong)} wrong of {len(wrong)}: take more examples"
+        )
     quality = {
         name: {"auroc": auroc(part[counts], wrong), "area": risk_coverage(part[counts], wrong).area}
         for name, part in found._asdict().items()

@@ -1,4 +1,4 @@
-"""The command line: `snapcore train | predict | select | evaluate | inspect | verify | schedule | backends`."""
+"""The command line: `snapcore train`, and what is done with the runs that it makes."""
 
 import contextlib
 import itertools
@@ -22,12 +22,14 @@ from snapcore.lab.comparison_table import describe as describe_comparison
 from snapcore.lab.comparison_table import live_table, table_of
 from snapcore.lab.describe import describe_predictions, describe_recipe, describe_run, describe_schedule, faults
 from snapcore.lab.display import Display
+from snapcore.lab.diversity import measure_diversity, write_diversity
 from snapcore.lab.evaluate import WAYS, keep_predictions, select_members, write_results
 from snapcore.lab.evaluate import evaluate as evaluate_runs
 from snapcore.lab.executors import Executor, Processes, connect
 from snapcore.lab.job import Job, plan
-from snapcore.lab.ours import COMPARISON, RECIPE, RESULTS, refuse_foreign
+from snapcore.lab.ours import COMPARISON, DIVERSITY, DIVERSITY_PLOT, RECIPE, RESULTS, refuse_foreign
 from snapcore.lab.plots import plot_schedule
+from snapcore.lab.soup import describe_soup, make_soup
 from snapcore.lab.text import counted, printable
 from snapcore.lab.train import INTERRUPTED, is_resumable
 from snapcore.lab.train import train as train_job
@@ -355,6 +357,67 @@ def backends() -> None:
             _print(f"{name}: {start_backend(name).about()}")
         except BackendNotFoundError as error:
             _print(f"{name}: {error}")
+
+
+@app.command()
+def diversity(
+    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    points: Annotated[int, typer.Option(help="Weights scored on each line between two members.", min=3)] = 25,
+    images: Annotated[int | None, typer.Option(help="Test images they are scored on. Default: all.", min=1)] = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Re-estimate batch statistics at each.")] = False,
+    data_dir: DataDir = None,
+    model: Model = None,
+    trust_model: TrustModel = False,
+    device: Device = None,
+) -> None:
+    """Measure how members differ, figures 5 and 6 of the paper, and write diversity.json and diversity.png."""
+    refuse_foreign(run, [DIVERSITY, DIVERSITY_PLOT])
+    if trust_model or model is not None:
+        _import_from_here()
+    results = measure_diversity(
+        run,
+        _print,
+        points=points,
+        images=images,
+        refresh=refresh,
+        data_dir=data_dir,
+        model=model,
+        trust_model=trust_model,
+        device=device,
+    )
+    path, picture = write_diversity(results, run)
+    _print(f"wrote {path} and {picture}")
+
+
+@app.command()
+def soup(
+    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="The new run's directory.", show_default=False)],
+    last: Annotated[int | None, typer.Option(help="Members, from the run's end. Default: all.", min=1)] = None,
+    members: Annotated[str | None, typer.Option(help="Members by index, such as 1,3.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Average them whatever barrier lies between them.")] = False,
+    data_dir: DataDir = None,
+    model: Model = None,
+    trust_model: TrustModel = False,
+    device: Device = None,
+) -> None:
+    """Average members' weights into one member, where no barrier lies between them, and write it as a run."""
+    if trust_model or model is not None:
+        _import_from_here()
+    scores = make_soup(
+        run,
+        output,
+        last=last,
+        members=None if members is None else _indexes(members),
+        force=force,
+        data_dir=data_dir,
+        model=model,
+        trust_model=trust_model,
+        device=device,
+    )
+    for line in describe_soup(scores):
+        _print(line)
+    _print(f"wrote {output}")
 
 
 def run(arguments: list[str]) -> int:

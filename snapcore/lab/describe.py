@@ -6,7 +6,7 @@ from pathlib import Path
 
 from snapcore.ensemble import Predictions, Recipe
 from snapcore.errors import StoreError
-from snapcore.lab.ours import JOB, RECIPE, RESULTS
+from snapcore.lab.ours import DIVERSITY, JOB, RECIPE, RESULTS
 from snapcore.lab.scores import SHOWN, cell
 from snapcore.lab.sealed import LARGEST, read_sealed
 from snapcore.lab.text import counted, printable
@@ -77,7 +77,7 @@ def faults(directory: Path) -> Iterator[str]:
     except StoreError as error:
         yield str(error)
         return
-    sealed = [path for path in (directory / JOB, directory / RESULTS, directory / RECIPE) if _claims_a_seal(path)]
+    sealed = [path for name in (JOB, RESULTS, RECIPE, DIVERSITY) if _claims_a_seal(path := directory / name)]
     checks: list[Callable[[], object]] = [
         *(functools.partial(store.file, member.index) for member in store.members),
         *([] if store.members else [store.verify]),  # of the manifest alone

@@ -16,6 +16,8 @@ RESULTS = "results.json"
 RECIPE = "recipe.json"
 PLAN = "plan.json"
 COMPARISON = "comparison.json"
+DIVERSITY = "diversity.json"
+DIVERSITY_PLOT = "diversity.png"
 
 COLUMNS = ("step", "lr", "loss")
 MAKER = "snapcore"

@@ -1,8 +1,9 @@
-"""Pictures: a run's rate and loss, a schedule."""
+"""Pictures: a run's rate and loss, a schedule, how much members differ."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,6 +15,7 @@ from snapcore.schedule import Schedule
 from snapcore.store import atomic_write
 
 _POINTS = 2000
+_LEGIBLE = 12  # members whose correlations fit as numbers into a picture
 
 
 def plot_training(rows: Sequence[tuple[int, float, float]], schedule: Schedule, path: Path) -> None:
@@ -50,6 +52,43 @@ def plot_schedule(schedule: Schedule, path: Path) -> None:
     for number, step in enumerate(schedule.snapshot_steps, 1):
         axes.annotate(f"{number}", (step, schedule.lr), ha="right", va="top")
     _save(figure, path)
+
+
+def plot_diversity(results: Mapping[str, Any], path: Path) -> None:
+    """Draw figures 6 and 5 of the paper: the members' correlation, and the error on the lines between them.
+
+    Arguments:
+        results: from `measure_diversity`.
+        path: of the picture; its suffix is the format.
+    """
+    members, walked = results["members"], results["interpolation"]
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    matrix, neighbours, to_last = figure.subplots(1, 3)
+    _draw_matrix(matrix, np.array(results["correlation"]), members)
+    to_last.sharey(neighbours)
+    for line in walked["lines"]:
+        one, other = line["members"]
+        if members.index(other) == members.index(one) + 1:
+            neighbours.plot(walked["shares"], line["error"], label=f"{one} to {other}")
+        if other == members[-1]:
+            to_last.plot(walked["shares"], line["error"], label=f"{one} to {other}")
+    statistics = "re-estimated" if walked["refreshed_on"] else "averaged"
+    for axes, title in ((neighbours, "neighbours"), (to_last, "each member and the last")):
+        axes.set(title=title, xlabel=f"share of the second member; batch statistics {statistics}")
+        axes.set_ylabel("test error in percent")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    _save(figure, path)
+
+
+def _draw_matrix(axes: Axes, values: np.ndarray[Any, Any], members: Sequence[int]) -> None:
+    axes.imshow(values, cmap="viridis", vmin=min(0.7, values.min()), vmax=1.0)
+    axes.set(title="correlation of softmax outputs", xlabel="member", ylabel="member")
+    for ticks in (axes.set_xticks, axes.set_yticks):
+        ticks(range(len(members)), [str(member) for member in members])
+    if len(members) <= _LEGIBLE:
+        for (row, column), value in np.ndenumerate(values):
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.9 else "black")
 
 
 def _mark_members(axes: Axes, schedule: Schedule) -> None:

@@ -146,6 +146,31 @@ def test_what_has_no_diversity_is_refused(asked, message):
         asked()
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_many_blocks_say_what_the_whole_says(kept):
+    logs, labels = some_logs(3, 40_000)
+    made = Predictions(logs, labels)
+    assert len([*made.blocks()]) > 2
+    p = np.exp(made[:].astype(np.float64)) if kept else np.exp(logs)
+    given_ = (made,) if kept else (p, labels)
+    np.testing.assert_allclose(correlation(given_[0]), np.corrcoef(p.reshape(3, -1)), rtol=1e-12)
+    decided = p.argmax(-1)
+    wrong = decided != labels
+    for i, j in [(0, 1), (0, 2), (2, 2)]:
+        assert disagreement(given_[0])[i, j] == np.mean(decided[i] != decided[j])
+        assert double_fault(*given_)[i, j] == np.mean(wrong[i] & wrong[j])
+    of_the_label = p[:, np.arange(len(labels)), labels]
+    target = np.eye(3)[labels]
+    mean, gap, whole = ambiguity(*given_)
+    assert mean == pytest.approx(-np.log(of_the_label).mean(), rel=1e-12)
+    assert whole == pytest.approx(-np.log(of_the_label.mean(0)).mean(), rel=1e-12)
+    assert gap == pytest.approx(mean - whole, rel=1e-11)
+    mean, gap, whole = ambiguity(*given_, score="brier")
+    assert mean == pytest.approx(((p - target) ** 2).sum(-1).mean(), rel=1e-12)
+    assert whole == pytest.approx(((p.mean(0) - target) ** 2).sum(-1).mean(), rel=1e-12)
+    assert gap == pytest.approx(mean - whole, rel=1e-11)
+
+
 def test_weights_are_as_far_apart_as_their_vectors():
     rng = np.random.default_rng(0)
     members = [

@@ -1,5 +1,6 @@
 """Predictions, made once and kept: what may be in them, what is refused, and what a file gives back."""
 
+import json
 import math
 import tracemalloc
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from scipy.stats import norm
 
+from snapcore.diversity import ambiguity, correlation, disagreement, double_fault
 from snapcore.ensemble import (
     MemberSequence,
     Predictions,
@@ -271,12 +273,18 @@ def test_every_altered_byte_is_noticed(tmp_path):
             Predictions.open(path)
 
 
-@pytest.mark.parametrize("facts", ['{"kind": "classes", "more": 1}', "[]"])
+FACTS = {"kind": "classes", "ignore": None, "split": None, "data": None, "members": None}
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [[], {"kind": "classes"}, *({**FACTS, **other} for other in ({"more": 1}, {"ignore": "x"}, {"members": "m"}))],
+)
 def test_facts_that_another_version_wrote_are_refused(tmp_path, facts):
     from snapcore.ensemble.predictions import _FORMAT, _digest
 
     tensors = {"predictions": np.zeros((1, 1, 1), np.float32)}
-    metadata = {"format": _FORMAT, "facts": facts}
+    metadata = {"format": _FORMAT, "facts": json.dumps(facts)}
     write_tensor_file(tmp_path / "p", tensors, {**metadata, "sha256": _digest(tensors, metadata)})
     with pytest.raises(CorruptSnapshotError, match=r"is not what was written: .*; make it anew"):
         Predictions.open(tmp_path / "p")
@@ -446,6 +454,11 @@ MEMORY = {
     "temperature": fit_temperature,
     "uncertainty": uncertainty,
     "combine": combine,
+    "correlation": correlation,
+    "disagreement": disagreement,
+    "double fault": double_fault,
+    "ambiguity": ambiguity,
+    "ambiguity of Brier": lambda made: ambiguity(made, score="brier"),
 }
 
 
@@ -464,6 +477,39 @@ def test_about_one_member_is_in_memory_beyond_the_file(large, what):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16e6, f"{peak / 1e6:.1f} MB"
+
+
+@pytest.mark.parametrize("kind", ["values", "gaussian"])
+def test_values_are_scored_with_little_memory_beyond_the_file(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(10, 500_000)).astype(np.float32)
+    made = values if kind == "values" else np.stack([values, np.ones_like(values)], -1)[:, :250_000]
+    Predictions(made, rng.normal(size=made.shape[1]), kind=kind).save(tmp_path / "p.safetensors")
+    found = Predictions.open(tmp_path / "p.safetensors")
+    tracemalloc.start()
+    score_predictions(found, weights=[0] * 7 + [1, 2, 3])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16e6, f"{peak / 1e6:.1f} MB"
+
+
+def test_values_in_many_blocks_are_scored_as_a_whole():
+    rng = np.random.default_rng(1)
+    values, weights = rng.normal(size=(3, 50_000, 2)), np.array([0.5, 0.0, 0.5])
+    values[..., 1] = np.exp(values[..., 1])
+    targets = rng.normal(size=50_000)
+    made = Predictions(values, targets, kind="gaussian")
+    mean, variance = np.moveaxis(made[:].astype(np.float64), -1, 0)
+    logs = norm.logpdf(targets, mean, np.sqrt(variance))
+    assert len([*made.blocks()]) > 1
+    assert score_predictions(made, weights=weights) == pytest.approx(
+        {
+            "rmse": rmse(weights @ mean, targets),
+            "nll": -np.mean(np.logaddexp(logs[0], logs[2]) - np.log(2)),
+            "crps": crps(mean, variance, targets, weights=weights),
+        },
+        rel=1e-12,
+    )
 
 
 def test_a_file_that_save_wrote_is_told_from_others(tmp_path):

@@ -159,6 +159,9 @@ def test_a_place_that_is_not_there_is_named(tmp_path):
         Recipe.open(tmp_path / "gone")
     with pytest.raises(StoreError, match=r"none/r could not be written: No such file or directory; choose another"):
         Recipe((1,)).save(tmp_path / "none" / "r")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(StoreError, match=r"loop cannot be read: .*; move it away"):
+        Recipe.open(tmp_path / "loop")
 
 
 # --- the members' files

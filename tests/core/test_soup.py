@@ -85,3 +85,8 @@ def test_members_of_two_basins_are_refused_with_the_barrier_unless_it_is_forced(
     with pytest.raises(DataError, match=r"members 1 and 3 .* a barrier of 10.0 points"):
         soup([member(-1), member(1), member(1)], valley)
     assert soup([member(-1), member(1)], valley, force=True)["w"][0, 0] == 0
+
+
+def test_members_are_called_by_their_names():
+    with pytest.raises(DataError, match="members 3 and 7 do not share a basin"):
+        soup([member(-1), member(1)], valley, names=[3, 7])

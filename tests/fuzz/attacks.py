@@ -11,7 +11,7 @@ from snapcore.errors import StoreError
 from snapcore.store import seal
 
 from .oracle import header_of, tensors_of
-from .run import FILES, HISTORY, JOB, MANIFEST, MEMBER, POINT, RESULTS
+from .run import FILES, HISTORY, JOB, MANIFEST, MEMBER, POINT, PREDICTIONS, RECIPE, RESULTS
 
 NUMBERS = [
     *(sign * 2**bits + more for bits in (0, 7, 31, 32, 53, 63, 64, 200) for sign in (1, -1) for more in (-1, 0, 1)),
@@ -247,6 +247,13 @@ def with_sealed_state(run, name, rng):
     _seal_tensors(run, name, header, body, rng)
 
 
+def with_sealed_facts(run, name, rng):
+    """What predictions are said to be, and of what."""
+    header, body = header_of((run / name).read_bytes())
+    header["__metadata__"]["facts"] = written(altered(json.loads(header["__metadata__"]["facts"]), rng), rng).decode()
+    _seal_tensors(run, name, header, body, rng)
+
+
 def with_sealed_entry(run, name, rng):
     """Another entry, in the member's file and in the manifest."""
     header, body = header_of((run / name).read_bytes())
@@ -281,13 +288,13 @@ def _write_tensors(path, header, body, rng):
 
 
 def _seal_tensors(run, name, header, body, rng, entry=None):
-    """Write a file of tensors with the digests that it needs: a resume point's is in it, a member's in the manifest."""
-    path = run / name
+    """Write a file of tensors with the digest that it needs: a member's is in the manifest, that of others in it."""
+    path, key = run / name, _DIGESTED.get(name)
     metadata = header.get("__metadata__")
-    if name == POINT and isinstance(metadata, dict) and isinstance(metadata.get("snapcore"), str):
-        metadata["sha256"] = _point_digest(header, body)
+    if isinstance(metadata, dict) and isinstance(metadata.get(key), str):
+        metadata["sha256"] = _digest_within(header, body, key)
     _write_tensors(path, header, body, rng)
-    if name == POINT:
+    if key is not None:
         return
     manifest = json.loads((run / MANIFEST).read_bytes())
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -295,10 +302,14 @@ def _seal_tensors(run, name, header, body, rng, entry=None):
     (run / MANIFEST).write_bytes(sealed(manifest, rng))
 
 
-def _point_digest(header, body):
+_DIGESTED = {POINT: "snapcore", PREDICTIONS: "facts"}
+"""The metadata that a file's own digest is of, beside its tensors."""
+
+
+def _digest_within(header, body, key):
     try:
         tensors = tensors_of(header, body)
-        digest = hashlib.sha256(header["__metadata__"]["snapcore"].encode())
+        digest = hashlib.sha256(header["__metadata__"][key].encode())
     except (ValueError, TypeError, KeyError, LookupError, AttributeError, OverflowError, MemoryError):
         return "0" * 64
     for name in sorted(tensors):
@@ -428,15 +439,16 @@ ATTACKS = [
     *BYTES,
     *(Attack(name, "swapped for another", swapped, forged=True) for name in FILES),
     *(Attack(name, "made longer", lengthened) for name in FILES),
-    *(Attack(name, "values", with_values) for name in (MANIFEST, JOB, RESULTS)),
-    *(Attack(name, "values, sealed", with_sealed_values, forged=True) for name in (MANIFEST, JOB, RESULTS)),
+    *(Attack(name, "values", with_values) for name in (MANIFEST, JOB, RESULTS, RECIPE)),
+    *(Attack(name, "values, sealed", with_sealed_values, forged=True) for name in (MANIFEST, JOB, RESULTS, RECIPE)),
     Attack(MANIFEST, "program, sealed", with_sealed_program, forged=True),
-    *(Attack(name, "length of the header", with_length) for name in (MEMBER, POINT)),
-    *(Attack(name, "header", with_header) for name in (MEMBER, POINT)),
-    *(Attack(name, "header, sealed", with_sealed_header, forged=True) for name in (MEMBER, POINT)),
-    *(Attack(name, "numbers, sealed", with_sealed_numbers, forged=True) for name in (MEMBER, POINT)),
+    *(Attack(name, "length of the header", with_length) for name in (MEMBER, POINT, PREDICTIONS)),
+    *(Attack(name, "header", with_header) for name in (MEMBER, POINT, PREDICTIONS)),
+    *(Attack(name, "header, sealed", with_sealed_header, forged=True) for name in (MEMBER, POINT, PREDICTIONS)),
+    *(Attack(name, "numbers, sealed", with_sealed_numbers, forged=True) for name in (MEMBER, POINT, PREDICTIONS)),
     Attack(MEMBER, "entry, sealed", with_sealed_entry, forged=True),
     Attack(POINT, "state, sealed", with_sealed_state, forged=True),
+    Attack(PREDICTIONS, "facts, sealed", with_sealed_facts, forged=True),
     Attack(HISTORY, "cells", with_cells),
-    *(Attack(name, "replaced by no file", by_no_file) for name in (*FILES, ".lock", "resume", "")),
+    *(Attack(name, "replaced by no file", by_no_file) for name in (*FILES, ".lock", "resume", "predictions", "")),
 ]

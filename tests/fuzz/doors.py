@@ -4,6 +4,7 @@ from itertools import islice
 
 import msgspec
 
+from snapcore.ensemble import Predictions, Recipe, combine, score_predictions
 from snapcore.lab.describe import describe_run, describe_schedule, faults
 from snapcore.lab.history import History
 from snapcore.lab.job import load_job
@@ -14,7 +15,7 @@ from snapcore.run import Recorder
 from snapcore.store import SnapshotStore, map_tensors, move_aside, read_point
 
 from .oracle import bits
-from .run import DATA, HISTORY, JOB, PICTURE, PLAN, RESULTS, Weights
+from .run import DATA, HISTORY, JOB, PICTURE, PLAN, PREDICTIONS, RECIPE, RESULTS, Weights
 
 
 def manifest(run):
@@ -74,8 +75,22 @@ def history(run):
     return History(run, PLAN.schedule).rows
 
 
+def predictions(run):
+    found = Predictions.open(run / PREDICTIONS)
+    facts = found.kind, found.ignore, found.split, found.data, found.members
+    labels = {} if found.labels is None else {"labels": found.labels}
+    combine(found)
+    if labels:
+        score_predictions(found)
+    return facts, bits({"predictions": found[:], **labels})
+
+
+def recipe(run):
+    return msgspec.to_builtins(Recipe.open(run / RECIPE))
+
+
 def ours(run):
-    return {name for name in (JOB, RESULTS, HISTORY, PICTURE) if not is_ours(run / name)}
+    return {name for name in (JOB, RESULTS, HISTORY, PICTURE, RECIPE) if not is_ours(run / name)}
 
 
 def described(run):
@@ -102,5 +117,8 @@ DOORS = {
     RESULTS: (results, ours, described),
     HISTORY: (history, ours),
     PICTURE: (ours,),
+    PREDICTIONS: (predictions,),
+    "predictions": (predictions,),
+    RECIPE: (recipe, ours, described),
 }
 """What reads a file, where that is not what reads a run's members, manifest and resume point."""

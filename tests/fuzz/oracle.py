@@ -10,7 +10,7 @@ import numpy as np
 
 from snapcore.lab.job import Job
 
-from .run import JOB, MANIFEST, POINT, RESULTS
+from .run import JOB, MANIFEST, POINT, PREDICTIONS, RESULTS
 
 DTYPES = {
     **{"BOOL": np.bool_, "I8": np.int8, "U8": np.uint8, "I16": np.int16, "U16": np.uint16, "I32": np.int32},
@@ -90,6 +90,18 @@ def _results(run):
     return content
 
 
+def _predictions(run):
+    header, body = header_of((run / PREDICTIONS).read_bytes())
+    tensors, content = tensors_of(header, body), json.loads(header["__metadata__"]["facts"])
+    facts = {"kind": "classes", "ignore": None, "split": None, "data": None, "members": None, **content}
+    with np.errstate(over="ignore"):
+        arrays = {"predictions": tensors["predictions"].astype(np.float32)}
+    if "labels" in tensors:
+        counted = facts["kind"] in ("classes", "labels")
+        arrays["labels"] = tensors["labels"].astype(np.int64 if counted else np.float64)
+    return [*facts.values()], bits(arrays)
+
+
 SAID = {
     "manifest": _manifest,
     "weights": _weights,
@@ -97,6 +109,7 @@ SAID = {
     "resumed": _resumed,
     "job": _job,
     "results": _results,
+    "predictions": _predictions,
 }
 """By door, what the files say of what it reads: a forgery may be believed as it is, and not otherwise."""
 

@@ -6,18 +6,20 @@ import ml_dtypes
 import numpy as np
 
 from snapcore.data import TrainingData
+from snapcore.ensemble import Cascade, Fitted, Predictions, Recipe
 from snapcore.lab.history import History
 from snapcore.lab.job import Job
 from snapcore.lab.sealed import write_sealed
 from snapcore.protocol import program
 from snapcore.run import Recorder
-from snapcore.store import check_fit, pack, unpack
+from snapcore.store import SnapshotStore, check_fit, pack, unpack
 
 PLAN = program("snapshot", lr=0.2, steps=60, cycles=3)  # members after 20, 40 and 60 updates
 DATA = TrainingData(np.zeros((12, 3)), np.zeros(12, int), n_classes=1, batch_size=4)
 MANIFEST, MEMBER, POINT = "snapcore.json", "snapshot-002.safetensors", "resume/point.safetensors"
 JOB, RESULTS, HISTORY, PICTURE = "job.json", "results.json", "history.csv", "training.png"
-FILES = (MANIFEST, MEMBER, POINT, JOB, RESULTS, HISTORY, PICTURE)
+PREDICTIONS, RECIPE = "predictions/test.safetensors", "recipe.json"
+FILES = (MANIFEST, MEMBER, POINT, JOB, RESULTS, HISTORY, PICTURE, PREDICTIONS, RECIPE)
 
 
 class Weights:
@@ -81,4 +83,11 @@ def make(directory, *, updates):
     for step in range(1, updates + 1):
         history.report(step, 2.0 / step)
     history.write()
+    members = [member.sha256 for member in SnapshotStore(directory).members]
+    logs = np.log(np.random.default_rng(1).dirichlet(np.ones(3), size=(len(members), 8)))
+    (directory / PREDICTIONS).parent.mkdir()
+    Predictions(logs, np.arange(8) % 3, split="test", data="images", members=members).save(directory / PREDICTIONS)
+    early = Cascade("margin", 0.5, (1.0, 1.5))
+    fitted = Fitted(600, "held-out", 0.1)
+    Recipe((0.25, 0.75), 1.5, early, fitted, tuple(members)).save(directory / RECIPE)
     (directory / PICTURE).write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\x11tEXtSoftware\0snapcore\0\0\0\0")
