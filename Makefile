@@ -62,7 +62,7 @@ lint: $(VENV)/.lint
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m pytest tests/bench --benchmark-only --benchmark-quiet --timeout 900 -q $(ARGS)
+	$(BIN)/python -m pytest tests/bench --benchmark-only --benchmark-quiet --timeout 900 -q -rs $(ARGS)
 
 # Needs no .venv: a machine with a GPU may have no network, and what is installed there must do.
 gpu:

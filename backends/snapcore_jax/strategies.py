@@ -128,18 +128,22 @@ def mapped(member: Member, members: Sequence[Weights], pooling: Pooling) -> Stra
 
 
 def sharded(member: Member, members: Sequence[Weights], pooling: Pooling) -> Strategy:
-    """Run the members spread evenly over this process's devices; the batch goes to all of them.
+    """Run the members spread over this process's devices; the batch goes to all of them.
+
+    Each device runs as many. Where members do not divide, the last one is run again to fill up, and left out.
 
     Raises:
-        DataError: there is one device, or the members cannot be spread evenly over several.
+        DataError: there is one device, or one member.
     """
     devices = jax.local_devices()
-    count = max(n for n in range(1, len(devices) + 1) if len(members) % n == 0)
-    if count == 1:
+    if min(len(members), len(devices)) == 1:
         raise DataError(
-            "strategy 'sharded' spreads members evenly over several devices, which cannot be done with "
+            "strategy 'sharded' spreads members over several devices, which cannot be done with "
             f"{len(members)} members and {len(devices)} devices: use another strategy"
         )
+    each_runs = -(-len(members) // len(devices))
+    count = -(-len(members) // each_runs)  # fewer devices do, where each of them runs as many
+    filled = [*members, *[members[-1]] * (count * each_runs - len(members))]
     mesh, spread = Mesh(np.array(devices[:count]), ("members",)), PartitionSpec("members")
 
     def every(weights: Weights, batch: Batch, log: bool) -> jax.Array:
@@ -151,9 +155,9 @@ def sharded(member: Member, members: Sequence[Weights], pooling: Pooling) -> Str
             in_specs=(spread, PartitionSpec()),
             out_specs=spread,
         )
-        return run(weights, arrays)
+        return run(weights, arrays)[: len(members)]
 
-    weights = jax.device_put(_stacks(members), NamedSharding(mesh, spread))
+    weights = jax.device_put(_stacks(filled), NamedSharding(mesh, spread))
     return Strategy(weights, every, pooling, NamedSharding(mesh, PartitionSpec()))
 
 

@@ -35,9 +35,11 @@ from snapcore.ensemble import (
     softmax_axis,
     tune,
 )
+from snapcore_torch.graphs import Graphs
 from snapcore_torch.members import CURE, Build, load_members
-from snapcore_torch.state import to_numpy, to_torch
+from snapcore_torch.state import to_numpy
 from snapcore_torch.strategies import STRATEGIES, Stacked
+from snapcore_torch.trees import mapped
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -117,15 +119,17 @@ class SnapshotEnsemble(nn.Module):
         recipe: Recipe | Directory | None = None,
     ) -> None:
         super().__init__()
-        self.models = nn.ModuleList(members).requires_grad_(False)
-        check_members(self.models)
         check_activation(activation)
         check_strategy(strategy, STRATEGIES)
+        self.models = nn.ModuleList(members).requires_grad_(False)
+        check_members(self.models)
+        self._devices: list[torch.device] | None = None
         found = checked_recipe(recipe, len(self.models))
         self._pooling = Pooling(_Operations(), activation, axis, classes_last=False, recipe=found)
         self._output = output
         self._allow_equal, self._unchecked, self._undecided = allow_equal, activation == "softmax", not allow_equal
         self._stacked: Stacked | None = None
+        self._graphs = Graphs()
         self._strategy = strategy
         self._unproven = True
         super().train(False)
@@ -163,8 +167,9 @@ class SnapshotEnsemble(nn.Module):
                 images have them in axis 1, and text in axis -1.
             output: picks the tensor when the model returns something else: a key or attribute such as `"logits"`, a
                 position such as `0`, or a function.
-            strategy: `"loop"`, one member after the other; or `"stacked"`, all in one vectorised call, which needs
-                the weights a second time, cannot run everything, and is checked against the loop on the first batch.
+            strategy: `"loop"`, one member after the other; `"stacked"`, all in one vectorised call, which needs the
+                weights a second time, cannot run everything, and is checked against the loop on the first batch; or
+                `"graph"`, the loop recorded as a CUDA graph for each shape of inputs, and replayed.
             mapped: whether weights on the CPU stay in their files, in the files' dtypes, instead of being copied: for
                 models that are too large for that. What changes a file in place then changes the ensemble.
             allow_equal: whether members whose weights differ may give equal outputs for the first batch.
@@ -209,7 +214,8 @@ class SnapshotEnsemble(nn.Module):
     def __iter__(self) -> Iterator[Self]:
         """Yield each member as an ensemble of one, which gives its probabilities and shares its weights."""
         for model in self.models:
-            yield type(self)([model], activation=self._pooling.activation, axis=self._pooling.axis, output=self._output)
+            one = type(self)([model], activation=self._pooling.activation, axis=self._pooling.axis, output=self._output)
+            yield one if self._devices is None else one.spread([_device_of(model)])
 
     def forward(self, *args: Any, log: bool = False, **kwargs: Any) -> Tensor:
         """Return the members' mean probabilities, weighted and tempered by the recipe if there is one.
@@ -227,6 +233,8 @@ class SnapshotEnsemble(nn.Module):
             stack = self._run_stacked(args, kwargs, logs=self._pooling.in_logs(log))
             pooled: Tensor = self._pooling.pooled_stack(stack, log=log)
             return pooled
+        if self._strategy == "graph" and not torch.compiler.is_compiling():
+            return self._run_graph(args, kwargs, log=log)
         return self._loop(args, kwargs, log=log)
 
     def members(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -246,12 +254,11 @@ class SnapshotEnsemble(nn.Module):
         Raises:
             DataError: there is no batch, or as for a call.
         """
-        held = next(chain(self.parameters(), self.buffers()), None)
-        device = torch.device("cpu") if held is None else held.device
+        device = _device_of(self)
 
         def run(x: Any) -> NDArray[Any]:
             with torch.no_grad():
-                return to_numpy(self(_moved(x, device), log=log))
+                return to_numpy(self(_moved(x, device, arrays=True), log=log))
 
         return predict(run, [batches] if isinstance(batches, Tensor | np.ndarray) else batches)
 
@@ -273,14 +280,16 @@ class SnapshotEnsemble(nn.Module):
                 lengths, or as for a call.
         """
         tensors: list[Tensor] = []
-        _mapped((args, kwargs), tensors.append)
+        mapped((args, kwargs), tensors.append)
 
         def ask(index: int, rows: NDArray[np.int64]) -> NDArray[Any]:
             def take(tensor: Tensor) -> Tensor:
                 return tensor[torch.from_numpy(rows).to(tensor.device)] if tensor.ndim else tensor
 
-            some, named = _mapped((args, kwargs), take)
-            outputs = pick(self.models[index](*some, **named), self._output, torch.is_tensor)
+            some = mapped((args, kwargs), take)
+            if self._devices is not None:
+                some = _moved(some, self._devices[index])
+            outputs = self._outputs(index, *some)
             self._check_probabilities(outputs)
             return to_numpy(self._activated(outputs, logs=True))
 
@@ -304,6 +313,8 @@ class SnapshotEnsemble(nn.Module):
             if strategy == "stacked":
                 stack = self._stack(args, kwargs, logs=self._pooling.in_logs(log=False))
                 result: Tensor = self._pooling.pooled_stack(stack)
+            elif strategy == "graph":
+                result = self._replay(args, kwargs)
             else:
                 result = self._loop(args, kwargs)
             if result.is_cuda:
@@ -315,7 +326,30 @@ class SnapshotEnsemble(nn.Module):
         self._strategy, self._unproven = report.chosen, False
         if report.chosen != "stacked":
             self._stacked = None
+        if report.chosen != "graph":
+            self._graphs.clear()
         return report
+
+    def spread(self, devices: Iterable[str | int | torch.device]) -> Self:
+        """Move the members to several devices, in turn, and return the ensemble; `to(device)` brings them together.
+
+        By `strategy="loop"` all members are begun before one is waited for. Results are pooled on the first device, in
+        the members' order.
+
+        Arguments:
+            devices: such as `["cuda:0", "cuda:1"]`.
+
+        Raises:
+            DataError: there are none.
+        """
+        places = [torch.device(device) for device in devices]
+        if not places:
+            raise DataError("devices must name at least one, such as ['cuda:0', 'cuda:1'], got none: use to(device)")
+        self._forget()
+        self._devices = [places[position % len(places)] for position in range(len(self))]
+        for model, device in zip(self.models, self._devices, strict=True):
+            model.to(device)
+        return self
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002
         """Stay in evaluation mode: members are not trained on."""
@@ -326,7 +360,13 @@ class SnapshotEnsemble(nn.Module):
         return pooled
 
     def _each(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, logs: bool = False) -> Iterator[Tensor]:
-        each: Iterator[Tensor] = (pick(model(*args, **kwargs), self._output, torch.is_tensor) for model in self.models)
+        each: Iterator[Tensor]
+        if self._devices is None:
+            each = (self._outputs(index, args, kwargs) for index in range(len(self)))
+        else:  # all are begun before the first result is waited for
+            given = {device: _moved((args, kwargs), device) for device in dict.fromkeys(self._devices)}
+            begun = [self._outputs(index, *given[device]) for index, device in enumerate(self._devices)]
+            each = (outputs.to(self._devices[0]) for outputs in begun)
         tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined, no-untyped-call]
         if (self._unchecked or self._undecided) and not tracing:
             ahead, each = tee(each)
@@ -349,7 +389,12 @@ class SnapshotEnsemble(nn.Module):
         self._unchecked = self._unchecked and not first.numel()
 
     def _weights(self) -> list[list[Tensor]]:
-        return [list(chain(model.parameters(), model.buffers())) for model in self.models]
+        each = [list(chain(model.parameters(), model.buffers())) for model in self.models]
+        return each if self._devices is None else _moved(each, self._devices[0])
+
+    def _outputs(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        found: Tensor = pick(self.models[index](*args, **kwargs), self._output, torch.is_tensor)
+        return found
 
     def _activated(self, outputs: Tensor, *, logs: bool = False) -> Tensor:
         outputs = outputs.float() if outputs.dtype in _HALF else outputs
@@ -361,17 +406,45 @@ class SnapshotEnsemble(nn.Module):
         if self._unproven:
             with torch.no_grad():
                 wanted = torch.stack(list(self._each(args, kwargs, logs=logs)))
-            # As probabilities, whose largest is never −inf.
-            host = [to_numpy(each.exp() if logs else each) for each in (found, wanted)]
-            off = deviation(*host)
-            types = {tensor.dtype for tensor in self.models.parameters() if tensor.is_floating_point()}
-            if not off <= max([_ROUNDING, *(8 * torch.finfo(dtype).eps for dtype in types)]):
-                raise DataError(
-                    f"stacked members give something else than the loop, by {off:.2g} of the largest value: weights "
-                    "lie outside parameters and buffers, or in several precisions; use strategy='loop'"
-                )
-            self._unproven = False
+            self._check_same(
+                found, wanted, logs, "weights lie outside parameters and buffers, or in several precisions"
+            )
         return found
+
+    def _run_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, log: bool) -> Tensor:
+        self._graphs.check(args, kwargs)
+        if self._unchecked or self._undecided:  # what the first batch decides is read on the host
+            return self._loop(args, kwargs, log=log)
+        found = self._replay(args, kwargs, log=log)
+        if self._unproven:
+            with torch.no_grad():
+                wanted = self._loop(args, kwargs, log=log)
+            self._check_same(found, wanted, log, "the model is random, or counts its calls")
+        return found
+
+    def _replay(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, log: bool = False) -> Tensor:
+        if len(set(self._devices or [])) > 1:
+            raise DataError(
+                "strategy 'graph' needs its members on one device, but they are spread: use to(device) first"
+            )
+
+        def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            return self._loop(args, kwargs, log=log)
+
+        return self._graphs(run, args, kwargs, log=log)
+
+    def _check_same(self, found: Tensor, wanted: Tensor, logs: bool, why: str) -> None:
+        """Refuse what a strategy gives for the first batch if the loop gives something else."""
+        # As probabilities, whose largest is never −inf.
+        host = [to_numpy(each.exp() if logs else each) for each in (found, wanted)]
+        off = deviation(*host)
+        types = {tensor.dtype for tensor in self.models.parameters() if tensor.is_floating_point()}
+        if not off <= max([_ROUNDING, *(8 * torch.finfo(dtype).eps for dtype in types)]):
+            members = {"stacked": "stacked members give", "graph": "a replayed graph gives"}[self._strategy]
+            raise DataError(
+                f"{members} something else than the loop, by {off:.2g} of the largest value: {why}; use strategy='loop'"
+            )
+        self._unproven = False
 
     def _stack(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, logs: bool = False) -> Tensor:
         if self._stacked is None:
@@ -383,31 +456,29 @@ class SnapshotEnsemble(nn.Module):
         return self._stacked(each, *args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self._stacked = None  # the members move or change their type
+        self._forget()  # the members move or change their type
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        places = [_device_of(model) for model in self.models]
+        self._devices = places if len(set(places)) > 1 else None
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._stacked = None  # the members get other weights
+        self._forget()  # the members get other weights
         super()._load_from_state_dict(*args, **kwargs)
+
+    def _forget(self) -> None:
+        self._stacked = None
+        self._graphs.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: the weights once, not stacked too."""
         return {**self.__dict__, "_stacked": None}
 
 
-def _moved(x: Any, device: torch.device) -> Any:
-    return _mapped(x, lambda tensor: tensor.to(device), arrays=True)
+def _moved(x: Any, device: torch.device, *, arrays: bool = False) -> Any:
+    return mapped(x, lambda tensor: tensor.to(device), arrays=arrays)
 
 
-def _mapped(x: Any, change: Callable[[Tensor], Any], *, arrays: bool = False) -> Any:
-    """Return the same with each tensor changed, also those in containers; with `arrays`, of NumPy arrays too."""
-    if arrays and isinstance(x, np.ndarray):
-        return change(to_torch(x))
-    if isinstance(x, Tensor):
-        return change(x)
-    if isinstance(x, dict):
-        return {name: _mapped(each, change, arrays=arrays) for name, each in x.items()}
-    if isinstance(x, tuple | list):
-        return type(x)(_mapped(each, change, arrays=arrays) for each in x)
-    return x
+def _device_of(module: nn.Module) -> torch.device:
+    held = next(chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if held is None else held.device

@@ -12,7 +12,7 @@ from snapcore import DataError
 from snapcore.ensemble import reason
 from snapcore_torch.state import unwrapped
 
-STRATEGIES = ("loop", "stacked")
+STRATEGIES = ("loop", "stacked", "graph")
 
 _INSTEAD = "use strategy='loop'"
 

@@ -21,6 +21,7 @@ FEW = 500
 """Below so many examples a gain is measured on the half that was not fitted on."""
 
 _LOWEST, _HIGHEST = 1e-3, 1e3  # temperatures beyond these have run off
+_NEVER = -1e30  # stands for ln 0 where it is multiplied by 0
 
 
 class RunsOffError(DataError):
@@ -243,7 +244,7 @@ def _pooled_table(
     return table, known
 
 
-def best_temperature(logs: npt.NDArray[np.floating], labels: npt.NDArray[np.integer]) -> float:
+def best_temperature(logs: npt.NDArray[np.floating], labels: npt.NDArray[np.integer], *, near: float = 1.0) -> float:
     """Return the temperature at which labels are most likely.
 
     The loss is convex in β = 1/T: Newton's steps, and halves of an interval that holds the root where one leaves it.
@@ -251,6 +252,7 @@ def best_temperature(logs: npt.NDArray[np.floating], labels: npt.NDArray[np.inte
     Args:
         logs: log-probabilities, [rows, classes].
         labels: [rows].
+        near: where to begin.
 
     Raises:
         RunsOffError: none is best.
@@ -268,14 +270,14 @@ def best_temperature(logs: npt.NDArray[np.floating], labels: npt.NDArray[np.inte
         raise RunsOffError(
             "the temperature runs off to 0, since every held-out label is the most probable class: hold out more rows"
         )
-    if _slope(logs, own, high)[0] <= 0:
-        raise RunsOffError("the temperature runs off to 0, since the labels are nearly separated: hold out more rows")
-    before, beta = np.inf, 1.0
+    before, beta = np.inf, 1 / near
     while abs(beta - before) > 1e-10 * beta:  # the interval becomes smaller each time
         slope, curvature = _slope(logs, own, beta)
         low, high = (beta, high) if slope < 0 else (low, beta)
         ahead = beta - slope / curvature if curvature > 0 else np.nan
         before, beta = beta, ahead if low < ahead < high else (low * high) ** 0.5
+    if beta * _LOWEST > 1 - 1e-6:
+        raise RunsOffError("the temperature runs off to 0, since the labels are nearly separated: hold out more rows")
     return float(1 / beta)
 
 
@@ -285,13 +287,15 @@ def _slope(logs: npt.NDArray[np.floating], own: Floats, beta: float) -> tuple[fl
     step = max(1, 2**16 // logs.shape[1])
     for start in range(0, len(logs), step):
         part = logs[start : start + step].astype(np.float64)
-        part -= part.max(axis=1, keepdims=True)
+        top = part.max(axis=1, keepdims=True)
+        part -= top
+        np.maximum(part, _NEVER, out=part)
         shares = np.exp(beta * part)
-        part = np.where(shares > 0, part, 0.0)
-        shares /= shares.sum(axis=1, keepdims=True)
-        mean = np.einsum("nc,nc->n", shares, part)
-        second += float((np.einsum("nc,nc,nc->n", shares, part, part) - mean**2).sum())
-        first += float((mean + logs[start : start + step].max(axis=1)).sum())
+        total = shares.sum(axis=1)
+        shares *= part
+        mean = shares.sum(axis=1) / total
+        second += float((np.einsum("nc,nc->n", shares, part) / total - mean**2).sum())
+        first += float(mean.sum() + top.sum())
     return (first - float(own.sum())) / len(logs), second / len(logs)
 
 

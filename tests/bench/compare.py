@@ -95,6 +95,16 @@ def interleaved(
     return Ratios(times[0], dict(zip(peers, times[1:], strict=True)))
 
 
+def fastest(contenders: Mapping[str, Contender], *, pairs: int = PAIRS, seconds: float = math.inf) -> str:
+    """Return the name of the one with the smallest median, timed in turns."""
+    (first, ours), *others = contenders.items()
+    ratios = interleaved(ours, dict(others), pairs=pairs, seconds=seconds)
+    medians = {first: statistics.median(ratios.ours)} | {
+        name: statistics.median(times) for name, times in ratios.peers.items()
+    }
+    return min(medians, key=medians.__getitem__)
+
+
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """Return the median with its interval by order statistics.
 

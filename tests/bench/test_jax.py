@@ -11,7 +11,7 @@ import pytest
 from snapcore import CosineCycles, StepDecay
 
 from .compare import PAIRS, Contender, Row
-from .workloads import digits
+from .workloads import NAMES, digits
 
 MEMBERS = 6
 SNAPSHOTS = 500
@@ -79,7 +79,7 @@ def test_loop_waits_for_a_snapshot_about_as_long_as_for_a_copy(compare, tmp_path
 
 
 @pytest.mark.parametrize(("batch", "number"), [(1, 64), (32, 16), (512, 1)])
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("model", ["mlp", "cnn", "residual"])
 def test_tuned_ensemble_beside_its_best_strategy(compare, model, batch, number):
     import jax
 
@@ -90,7 +90,7 @@ def test_tuned_ensemble_beside_its_best_strategy(compare, model, batch, number):
     number *= 4 if model == "mlp" else 1
     tuned, best, fixed = tuned_and_best(weights, apply_fn, x, number, PAIRS)
     compare(
-        f"JAX: tuned ensemble ({tuned.strategy}), {MEMBERS} {model.upper()}s 8×8, batch {batch}",
+        f"JAX: tuned ensemble ({tuned.strategy}), {MEMBERS} {NAMES[model]} 8×8, batch {batch}",
         predicting(tuned, x, number),
         {
             f"its best strategy ({best})": predicting(fixed, x, number),

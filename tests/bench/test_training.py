@@ -39,8 +39,7 @@ def test_managed_loop_beside_a_hand_written_one(compare):
 
 
 def test_whole_run_beside_torchensemble(compare, tmp_path):
-    from torchensemble import SnapshotEnsembleClassifier
-
+    torchensemble = pytest.importorskip("torchensemble", reason="torchensemble is not installed: make bench does")
     data, epochs, members = digits(), 4, 2
     method = program("snapshot", lr=LR, steps=epochs * data.updates_per_epoch, cycles=members)
     folders = (tmp_path / str(number) for number in itertools.count())
@@ -49,7 +48,9 @@ def test_whole_run_beside_torchensemble(compare, tmp_path):
         execute(method, TorchBackend(), model="cnn", data=data, directory=next(folders), device="cpu")
 
     def theirs() -> None:
-        ensemble = SnapshotEnsembleClassifier(estimator=cnn_and_sgd(data)[0], n_estimators=members, cuda=False)
+        ensemble = torchensemble.SnapshotEnsembleClassifier(
+            estimator=cnn_and_sgd(data)[0], n_estimators=members, cuda=False
+        )
         ensemble.set_optimizer("SGD", lr=LR, momentum=0.9, nesterov=True, weight_decay=1e-4)
         ensemble.set_criterion(nn.CrossEntropyLoss())
         with redirect_stdout(io.StringIO()):  # it prints once an epoch, whatever the interval

@@ -12,6 +12,8 @@ from snapcore_torch.models import cnn
 
 LR = 0.05
 BATCH = 64
+NAMES = {"mlp": "MLPs", "cnn": "CNNs", "residual": "residual nets"}
+WIDTH, STAGES = 16, 3
 Update = Callable[[Tensor, Tensor], None]
 
 
@@ -60,6 +62,33 @@ def indexed(data: TrainingData) -> Callable[[int, int], Iterator[tuple[Tensor, T
             yield x[rows], y[rows]
 
     return batches
+
+
+class Residual(nn.Module):
+    """A small residual network: a stem, and one block of two convolutions for each of three widths."""
+
+    def __init__(self, input_shape: tuple[int, ...], n_classes: int) -> None:
+        super().__init__()
+        width = WIDTH
+        self.stem = nn.Sequential(*normalised(input_shape[0], width))
+        self.blocks, self.shortcuts = nn.ModuleList(), nn.ModuleList()
+        for stage in range(STAGES):
+            after, stride = WIDTH << stage, 2 if stage else 1
+            parts = (*normalised(width, after, stride), nn.ReLU(), *normalised(after, after))
+            self.blocks.append(nn.Sequential(*parts))
+            self.shortcuts.append(nn.Conv2d(width, after, 1, stride, bias=False))
+            width = after
+        self.output = nn.Linear(width, n_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        for block, shortcut in zip(self.blocks, self.shortcuts, strict=True):
+            x = (block(x) + shortcut(x)).relu()
+        return self.output(x.mean((2, 3)))
+
+
+def normalised(before: int, after: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after)
 
 
 def hundred_megabytes() -> nn.Module:

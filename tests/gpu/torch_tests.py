@@ -23,6 +23,7 @@ from snapcore.run import execute
 from snapcore.store import SnapshotStore
 from snapcore_torch import SnapshotEnsemble, SnapshotRun
 from snapcore_torch.backend import TorchBackend
+from snapcore_torch.graphs import KEPT
 
 torch.use_deterministic_algorithms(True, warn_only=True)  # what has no such kernel shows in the bits that are compared
 
@@ -398,11 +399,35 @@ def strategies(setting: Setting) -> None:
 
 
 def ensembles(models: list[nn.Module]) -> Iterator[tuple[str, SnapshotEnsemble]]:
-    for strategy in ("loop", "stacked"):
+    for strategy in ("loop", "stacked", *(["graph"] if GPU else [])):
         yield strategy, SnapshotEnsemble(copy.deepcopy(models), strategy=strategy).to(DEVICE)
+    several = [DEVICE, "cpu"] if torch.cuda.device_count() < 2 else ["cuda:0", "cuda:1"]
+    yield f"spread over {several[0]} and {several[1]}", SnapshotEnsemble(copy.deepcopy(models)).spread(several)
     tuned = SnapshotEnsemble(copy.deepcopy(models)).to(DEVICE)
     tuned.tune(noise(16, 3, 16, 16).to(DEVICE))
     yield "tuned", tuned
+
+
+@suite.test("an ensemble's CUDA graphs, one for each shape, give what the loop gives for every batch", needs_gpu=True)
+def ensemble_graphs(setting: Setting) -> None:
+    torch.manual_seed(0)
+    models = [resnet(8, (1, 1), 10).eval() for _ in range(6)]
+    loop = SnapshotEnsemble(copy.deepcopy(models)).to(DEVICE)
+    graph = SnapshotEnsemble(copy.deepcopy(models), strategy="graph").to(DEVICE)
+    results = []
+    for seed in range(12):  # of six shapes, which are more than are kept
+        x = noise(1 + seed % 6, 3, 16, 16, seed=seed).to(DEVICE)
+        for log in (False, True):
+            with torch.inference_mode(seed % 2 == 0), torch.autocast("cuda", torch.bfloat16, enabled=seed % 3 == 0):
+                results.append((graph(x, log=log), loop(x, log=log)))
+    off = max(float((found - wanted).abs().max()) for found, wanted in results)
+    setting.found["largest difference"] = off
+    check(off < 1e-3, f"the graphs' results differ from the loop's by {off:.2g}")
+    check(len(graph._graphs._kept) == KEPT, f"{len(graph._graphs._kept)} graphs are kept, wanted {KEPT}")
+    graph.load_state_dict(loop.state_dict())
+    graph.half(), loop.half()
+    x = noise(2, 3, 16, 16).half().to(DEVICE)
+    check(torch.allclose(graph(x), loop(x), atol=1e-3), "after half() the graphs are those of other weights")
 
 
 @suite.test("the conformance suite holds on the device", needs_gpu=True, share=4)

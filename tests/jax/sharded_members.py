@@ -18,7 +18,7 @@ def members(count):
 
 
 x = np.linspace(-2, 2, 15, dtype=np.float32).reshape(5, 3)
-for count, used in ((4, 4), (6, 3), (2, 2)):
+for count, used in ((4, 4), (6, 3), (2, 2), (5, 3), (7, 4)):
     loop = SnapshotEnsemble(members(count), apply_fn)
     sharded = SnapshotEnsemble(members(count), apply_fn, strategy="sharded")
     np.testing.assert_allclose(sharded(x), loop(x), atol=1e-6)

@@ -149,6 +149,28 @@ def test_a_cascade_gives_what_it_gives_of_predictions_in_five_shapes_at_most(exa
     close(ensemble.cascade(x, 1.0), np.exp(wanted))
 
 
+def test_batches_of_sizes_that_were_seen_compile_nothing_anew():
+    """Neither the model nor what takes examples out, activates and puts together: a loader's batches and its last."""
+    batches = [np.random.default_rng(size).normal(size=(size, 3)).astype(np.float32) for size in (48, 48, 17)]
+    ensemble, compiled = SnapshotEnsemble(MEMBERS, apply_fn, recipe=RECIPE), []
+
+    def listen(event, duration, **_):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        counts = []
+        for _ in range(2):
+            used = [ensemble.cascade(jnp.asarray(x), return_used=True)[1] for x in batches]
+            counts.append(len(compiled))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert max(map(max, used)) > 1  # further stages were reached
+    assert counts[0] > 0
+    assert counts[1] == counts[0]
+
+
 def test_an_example_that_needs_one_member_never_reaches_the_second():
     asked = []
 

@@ -219,7 +219,7 @@ def test_a_directory_without_a_run_is_refused_and_not_created(tmp_path):
 
 def test_a_strategy_that_there_is_not_is_refused_by_name(tmp_path):
     write(tmp_path, nn.Linear(3, 4))
-    with pytest.raises(DataError, match=r"strategy must be one of \['loop', 'stacked'\], got 'guess'"):
+    with pytest.raises(DataError, match=r"strategy must be one of \['loop', 'stacked', 'graph'\], got 'guess'"):
         SnapshotEnsemble.load(tmp_path, nn.Linear(3, 4), strategy="guess")
 
 

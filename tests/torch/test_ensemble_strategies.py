@@ -247,14 +247,16 @@ def test_after_the_first_batch_the_loop_is_not_run_any_more():
     assert len(calls) == 1
 
 
-def test_tune_measures_both_and_keeps_the_fastest():
+def test_tune_measures_those_that_can_be_run_and_keeps_the_fastest():
     """Users ask for inference of M members that costs less than M times; no way is the fastest everywhere."""
     models = [nn.Linear(3, 4) for _ in range(3)]
     ensemble, before = SnapshotEnsemble(models, axis=-1), SnapshotEnsemble(models, axis=-1)(X)
     report = ensemble.tune(X, rounds=3)
-    assert list(report) == ["loop", "stacked"]
-    assert all(trial.refused is None and trial.seconds > 0 and trial.deviation <= 1e-6 for trial in report.values())
-    assert ensemble.strategy == report.chosen == min(report, key=lambda name: report[name].seconds)
+    assert list(report) == ["loop", "stacked", "graph"]
+    run = {name: trial for name, trial in report.items() if trial.refused is None}
+    assert list(run) == ["loop", "stacked"]  # of a batch on the CPU
+    assert all(trial.seconds > 0 and trial.deviation <= 1e-6 for trial in run.values())
+    assert ensemble.strategy == report.chosen == min(run, key=lambda name: report[name].seconds)
     torch.testing.assert_close(ensemble(X), before)
 
 
@@ -269,5 +271,5 @@ def test_tune_keeps_the_loop_where_stacking_is_wrong_or_impossible(make):
 
 
 def test_an_unknown_strategy_is_refused_before_anything_is_loaded(tmp_path):
-    with pytest.raises(DataError, match=r"strategy must be one of \['loop', 'stacked'\], got 'guess'"):
+    with pytest.raises(DataError, match=r"strategy must be one of \['loop', 'stacked', 'graph'\], got 'guess'"):
         SnapshotEnsemble.load(tmp_path / "none", nn.Linear(3, 4), strategy="guess", axis=-1)
