@@ -15,7 +15,12 @@ from snapcore.errors import DataError
 
 
 def fit_cascade(
-    predictions: Predictions, *, tolerance: float, rule: str = "probability", recipe: Recipe | None = None
+    predictions: Predictions,
+    *,
+    tolerance: float,
+    rule: str = "probability",
+    recipe: Recipe | None = None,
+    expected: bool = False,
 ) -> Recipe:
     """Find the threshold at which fewest members are asked, and the error stays within a tolerance.
 
@@ -23,9 +28,10 @@ def fit_cascade(
     Each stage has a temperature of its own, fitted on the same rows: one member is more over-confident than several.
     Every threshold that makes a difference on these rows is tried.
 
-    The error is what all members together expect it to be: an answer y that is not their own, a, costs p(a) − p(y), by
-    their probabilities at their temperature. Errors that are counted say less: of 1,000 rows some thirty have another
-    answer from one member than from all, and which of these the labels side with moves the difference by half a point.
+    The error is counted on the labels, or with `expected` what all members together expect it to be: an answer y that
+    is not their own, a, costs p(a) − p(y), by their probabilities at their temperature. With few rows the count is
+    noise: of 1,000 some thirty have another answer from one member than from all, and which of these the labels side
+    with moves the difference by half a point.
 
     What an example is asked:
 
@@ -36,10 +42,11 @@ def fit_cascade(
 
     Args:
         predictions: of classes, [members, examples, classes], for held-out examples, with labels.
-        tolerance: by how much the expected error may exceed that of all members, in percentage points; with 0 all
+        tolerance: by how much the error may exceed that of all members, in percentage points; with 0 and `expected` all
             answers are theirs on these rows.
         rule: probability, margin or interval.
         recipe: whose weights to use; members without a weight are never asked. Equal by default.
+        expected: whether the error is that which all members expect.
 
     Returns:
         The recipe with its `cascade`. Where examples of score 1 alone cost more than the tolerance, which no threshold
@@ -78,8 +85,10 @@ def fit_cascade(
         told = tempered("classes", stage.logs, temperatures[-1])
         scores.append(stage.score(told))
         answers.append(told.astype(np.float32).argmax(axis=1))  # as run_cascade, to the last bit
-    expected = np.exp(told)
-    costs = expected.max(axis=1) - expected[np.arange(len(labels)), answers]
+    costs = np.array([answer != labels for answer in answers], np.float64)
+    if expected:
+        whole = np.exp(tempered("classes", stage.logs, temperatures[-1]))
+        costs = whole.max(axis=1) - whole[np.arange(len(labels)), answers]
     threshold = _cheapest(np.array(scores), costs, tolerance)
     if recipe is None:  # nothing else is fitted
         base = replace(base, fitted=Fitted(predictions.rows, predictions.split, gain=0.0))

@@ -60,7 +60,7 @@ def table_of(methods: Mapping[str, Mapping[str, list[Any]]], title: str) -> Tabl
 
 def describe(comparison: Mapping[str, Any]) -> Iterator[str]:
     """Yield lines on the pairs that decide, on equivalents and on what failed; the verdict last."""
-    deciding = comparison["pairs"][0]["score"] if comparison["pairs"] else None
+    deciding = str(comparison["pairs"][0]["score"]) if comparison["pairs"] else ""
     for pair in comparison["pairs"]:
         if pair["score"] == deciding and pair["difference"] is not None:
             yield (

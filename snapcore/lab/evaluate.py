@@ -189,7 +189,7 @@ def select_members(
         directory: a run made by `snapcore train --held-out`.
         by: `select`, `weights`, or `equal`, which only calibrates.
         size: how many choices `select` makes at most.
-        tolerance: for a cascade too: by how many percentage points the error may rise.
+        tolerance: for a cascade too: by how many percentage points the error that all members expect may rise.
         rule: of the cascade.
         data_dir: as for `evaluate`, as the others.
         model: the `package.module:function` that a run may name.
@@ -220,7 +220,7 @@ def select_members(
     chosen = score_predictions(test, weights=recipe.weights, temperature=recipe.temperature)
     report: dict[str, Any] = {"equal": equal, "recipe": chosen}
     if tolerance is not None:
-        recipe = fit_cascade(held_out, tolerance=tolerance, rule=rule, recipe=recipe)
+        recipe = fit_cascade(held_out, tolerance=tolerance, rule=rule, recipe=recipe, expected=True)
         logs, used = run_cascade(test, recipe)
         report["cascade"] = {**score(logs, dataset.y_test, log=True), "members_used": float(used.mean())}
     if recipe.fitted is not None:

@@ -166,6 +166,6 @@ def _of_source(source: str, files: dict[str, list[list[str]]]) -> Rated:
     return Rated(
         [f"{source} {number.partition('_')[0]}" for number in texts],
         list(texts.values()),
-        np.array([np.mean(each) for each in ratings]),
-        np.array([np.std(each) for each in ratings]),
+        np.array([np.mean(each) for each in ratings], np.float64),
+        np.array([np.std(each) for each in ratings], np.float64),
     )
