@@ -115,7 +115,6 @@ def test_the_warning_points_at_the_line_that_made_the_schedule():
         (lambda u, ops: math.nan, "shape must give a number, got nan at 0.0"),
         (lambda u, ops: None, "shape must give a number, got None at 0.0"),
     ],
-    ids=str,
 )
 def test_what_is_no_decreasing_shape_is_refused(shape, message):
     with pytest.raises(ScheduleError) as refused:
