@@ -153,8 +153,10 @@ def _check_targets(y: NDArray[Any], n_classes: int, kind: str) -> None:
         return
     if not np.issubdtype(y.dtype, np.floating):
         raise DataError(f"y must be floats for {kind}, got dtype {y.dtype}: pass y.astype(np.float32)")
-    if not np.isfinite(y).all():
-        raise DataError(f"y must be finite for {kind}, got {_first(y, ~np.isfinite(y))}: leave those examples out")
+    with np.errstate(over="ignore"):  # training is in float32, where what is too large is infinite
+        wrong = ~np.isfinite(y.astype(np.float32))
+    if wrong.any():
+        raise DataError(f"y must be finite for {kind}, got {_first(y, wrong)} (in float32): leave those examples out")
 
 
 def _first(y: NDArray[Any], wrong: NDArray[np.bool_]) -> str:

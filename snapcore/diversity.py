@@ -181,7 +181,9 @@ def _blocks(p: Members) -> Iterator[Floats]:
     """Yield probabilities, [members, block, …, classes]."""
     if isinstance(p, Predictions):
         _check_kind(p)
-        yield from (np.exp(logs) for _, logs in p.blocks())
+        for rows, logs in p.blocks():
+            ignored = p.labels is not None and p.ignore is not None
+            yield np.exp(logs[:, p.labels_of(rows) != p.ignore] if ignored else logs)
         return
     array = _checked(p)
     for rows in _slices(array):
@@ -190,7 +192,7 @@ def _blocks(p: Members) -> Iterator[Floats]:
 
 def _flat(p: Members) -> Iterator[Floats]:
     """Yield the same, [members, outputs]."""
-    return (block.reshape(len(block), -1) for block in _blocks(p))
+    return (block.reshape(len(block), -1) for block in _blocks(p) if block.size)
 
 
 def _labelled(p: Members, labels: npt.ArrayLike | None) -> Iterator[tuple[Floats, Floats, Integers]]:

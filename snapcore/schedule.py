@@ -415,16 +415,25 @@ class Cycles(_Annealing):
     def _above(self, ops: Ops, span: float) -> Callable[[Any, Any], Any]:
         if self.shape == "cosine":
             return _cosine(ops, span)
-        shape = _SHAPES[self.shape] if isinstance(self.shape, str) else self.shape
+        shape = self._known_shape()
         return lambda k, length: span * shape(1.0 * k / length, ops)
+
+    def _known_shape(self) -> Shape:
+        if callable(self.shape):
+            return self.shape
+        if self.shape not in _SHAPES:  # as in a process that has unpickled it, or reads a run that keeps the name
+            raise ScheduleError(
+                f"shape must be one of cosine, {', '.join(_SHAPES)}, or a function f(u, ops); register_shape gives "
+                f"yours a name in this process; got {self.shape!r}"
+            )
+        return _SHAPES[self.shape]
 
     def _check(self) -> None:
         if callable(self.shape):
             _check_shape(self.shape)
-        else:
-            names = ("cosine", *_SHAPES)
-            cure = f"one of {', '.join(names)}, or a function f(u, ops); register_shape gives yours a name"
-            _require(isinstance(self.shape, str) and self.shape in names, f"shape must be {cure}; got {self.shape!r}")
+        elif self.shape != "cosine":
+            _require(isinstance(self.shape, str), f"shape must be a name or a function f(u, ops), got {self.shape!r}")
+            self._known_shape()
         super()._check()
 
 
@@ -537,9 +546,12 @@ def _check_shape(shape: Shape) -> None:
 
 
 def _shape_value(shape: Shape, u: float) -> float:
-    value = shape(u, _Python())
-    _require(isinstance(value, float | int) and math.isfinite(value), f"shape must give a number, got {value!r} at {u}")
-    return float(value)
+    try:
+        value = float(shape(u, _Python()))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ScheduleError(f"shape must be f(u, ops), over arithmetic and ops, and give a number: {error}") from error
+    _require(math.isfinite(value), f"shape must give a finite number, got {value!r} at {u}")
+    return value
 
 
 def _require(holds: bool, message: str) -> None:

@@ -127,7 +127,7 @@ def soup(
         if found.barrier > limit:
             raise DataError(
                 f"members {name} and {called[-1]} do not share a basin: a barrier of {found.barrier:.1f} points of "
-                f"error lies between them, and at most {limit:g} is allowed; force=True averages them all the same"
+                f"error lies between them, and at most {limit:g} is allowed; force=True or --force averages them anyway"
             )
     return mean_weights(members)
 

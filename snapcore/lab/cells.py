@@ -11,12 +11,16 @@ from rich.console import Console
 from snapcore.errors import DataError, StoreError
 from snapcore.lab.backends import start_backend
 from snapcore.lab.display import Display
+from snapcore.lab.evaluate import evaluate
 from snapcore.lab.job import MAY_DIFFER, Job
-from snapcore.lab.ours import PLAN, RESULTS, refuse_foreign
+from snapcore.lab.ours import PLAN, refuse_foreign
 from snapcore.lab.sealed import read_sealed, write_sealed
 from snapcore.lab.train import is_resumable, train
 from snapcore.protocol import METHODS
 from snapcore.store import MANIFEST
+
+COSTLY = "independent"
+"""The method that costs M trainings: shown at its true cost, and never called worth it at an equal one."""
 
 _VARIED = ("method", "seed")
 
@@ -55,7 +59,7 @@ class Plan(msgspec.Struct, frozen=True):
     seeds: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.methods if name not in METHODS]
+        unknown = [repr(name) for name in self.methods if name not in METHODS]
         if unknown:
             raise DataError(f"methods must be of {', '.join(METHODS)}; got {', '.join(unknown)}")
         for name, values in (("methods", self.methods), ("seeds", self.seeds)):
@@ -82,6 +86,11 @@ class Plan(msgspec.Struct, frozen=True):
         if path.exists():
             kept = read_sealed(path)
             names = [name for name in ours if name not in MAY_DIFFER and kept.get(name) != ours[name]]
+            if names == ["data_sha256"]:
+                raise StoreError(
+                    f"{directory} holds a comparison on other data than {self.job.data} has now: restore them, or "
+                    "choose another --output"
+                )
             if names:
                 there, here = ({name: values.get(name) for name in names} for values in (kept, ours))
                 raise StoreError(
@@ -100,13 +109,18 @@ def cell_directory(directory: Path, cell: Cell) -> Path:
 def finished(job: Job, directory: Path) -> dict[str, Any] | None:
     """Return the results of a cell that is done; None if it is not.
 
+    They lie beside the cell: its own `results.json` is also what `snapcore evaluate` writes, of whatever it was asked.
+
     Raises:
-        StoreError: another job's run is there.
+        StoreError: another job's run is there, or the results are damaged.
     """
-    if not (directory / MANIFEST).exists():
-        return None
-    job.refuse_other(directory)
-    return None if is_resumable(job, directory) else read_sealed(directory / RESULTS)
+    if (directory / MANIFEST).exists():
+        job.refuse_other(directory)
+    return read_sealed(_record(directory)) if _record(directory).exists() else None
+
+
+def _record(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.json")
 
 
 def train_cell(job: dict[str, Any], directory: str, resume_every: int | None = None) -> dict[str, Any]:
@@ -131,5 +145,10 @@ def train_cell(job: dict[str, Any], directory: str, resume_every: int | None = N
     done = finished(mine, path)
     if done is not None:
         return done
-    display = Display(Console(quiet=True))
-    return train(mine, start_backend(mine.backend), path, display, resume_every=resume_every)
+    backend = start_backend(mine.backend)
+    if (path / MANIFEST).exists() and not is_resumable(mine, path):
+        results = evaluate([path], model=mine.model)  # it was trained, and stopped before this was written
+    else:
+        results = train(mine, backend, path, Display(Console(quiet=True)), resume_every=resume_every)
+    write_sealed(_record(path), results)
+    return results

@@ -255,7 +255,9 @@ def compare(
     train_limit: Annotated[int | None, typer.Option(help="Keep the first so many training examples.", min=1)] = None,
     held_out: Annotated[float, typer.Option(help="The share not trained on, to calibrate on.", min=0, max=1)] = 0.1,
     loss: Annotated[str | None, typer.Option(help="As for train.")] = None,
-    least: Annotated[float, typer.Option(help="The gain under which a method is not worth it.", min=0)] = 0.0,
+    least: Annotated[
+        float, typer.Option(help="The gain, in nats or RMSE, under which it is not worth it.", min=0)
+    ] = 0.0,
     jobs: Annotated[int, typer.Option(help="Trainings at a time, in processes of this machine.", min=1)] = 1,
     executor: Annotated[str | None, typer.Option(help="Where to train instead, such as dask://host:port.")] = None,
     add: Annotated[list[Path] | None, typer.Option(help="A run of a loop of yours, called NAME-seedK.")] = None,
@@ -285,7 +287,7 @@ def compare(
     )
     if job.has_own_model:
         _import_from_here()
-    chosen = Plan(job, tuple(methods.split(",")), tuple(range(seeds)))
+    chosen = Plan(job, tuple(each.strip() for each in methods.split(",")), tuple(range(seeds)))
     directory = output or Path("runs") / f"compare-{data}-{model.rpartition(':')[2]}"
     display = Display()
     with contextlib.ExitStack() as stack:

@@ -8,11 +8,14 @@ from typing import Any
 
 import msgspec
 
+from snapcore.backend import available_backends
 from snapcore.errors import DataError, SnapcoreError, StoreError
 from snapcore.lab.added import added_results
+from snapcore.lab.backends import start_backend
 from snapcore.lab.cells import Cell, Plan, cell_directory, finished, train_cell
 from snapcore.lab.comparison import summary
-from snapcore.lab.executors import Executor, Future
+from snapcore.lab.datasets import Dataset
+from snapcore.lab.executors import Executor, Future, Processes
 from snapcore.lab.ours import COMPARISON, refuse_foreign
 from snapcore.lab.sealed import write_sealed
 
@@ -58,11 +61,13 @@ def compare(
         DataError: methods of unequal budgets, runs tested on different examples, or no cell could be trained.
     """
     refuse_foreign(directory, [COMPARISON])
-    others = added_results(add, plan.job)
+    dataset = plan.job.dataset()
+    plan = _of_this_data(plan, dataset)
+    others = added_results(add, plan.job, dataset)
     _refuse_double(others, plan)
     jobs = {cell: plan.job_of(cell) for cell in plan}
-    known = {cell: finished(job, cell_directory(directory, cell)) for cell, job in jobs.items()}
     plan.keep(directory)
+    known = {cell: finished(job, cell_directory(directory, cell)) for cell, job in jobs.items()}
     results: dict[Cell, Mapping[str, Any]] = {cell: found for cell, found in known.items() if found is not None}
     failed: dict[Cell, str] = {}
     say = watch or _nobody
@@ -79,11 +84,29 @@ def compare(
         else:
             results[cell] = outcome
         say(results, len(jobs) - len(results) - len(failed))
-    found = summary({**others, **{cell: results[cell] for cell in plan if cell in results}}, failed, least=least)
+    found = summary({**results, **others}, failed, methods=plan.methods, least=least)
     try:
         write_sealed(directory / COMPARISON, found)
     except OSError as error:
         raise StoreError(f"{directory} cannot be written: {error}; choose another --output") from error
+    return found
+
+
+def _of_this_data(plan: Plan, dataset: Dataset) -> Plan:
+    """Return the plan with the data's digest and task in it, once every method is known to fit.
+
+    Raises:
+        BackendNotFoundError: there is no such backend.
+        DataError, ScheduleError: a method has no such schedule over these data.
+    """
+    if plan.job.backend not in available_backends():
+        start_backend(plan.job.backend)  # which says what there is
+    facts = {"loss": dataset.loss, "task": dataset.kind, "data_sha256": dataset.sha256}
+    found = msgspec.structs.replace(plan, job=msgspec.structs.replace(plan.job, **facts))
+    data = found.job.training_data(dataset)
+    for cell in found:
+        if cell.seed == found.seeds[0]:
+            found.job_of(cell).program(data)
     return found
 
 
@@ -110,9 +133,14 @@ def _elsewhere(
     calls: Mapping[Cell, tuple[Any, ...]], executor: Executor
 ) -> Iterator[tuple[Cell, dict[str, Any] | str]]:
     """Have all cells trained, and yield each that is done. What is not an error of ours is a worker that died."""
-    running: dict[Cell, Future] = {cell: executor.submit(train_cell, *calls[cell]) for cell in calls}
-    attempts = dict.fromkeys(running, 1)
-    while running:
+    # Processes of ours are given no more than they can begin: one that dies takes down all that its pool was given.
+    most = executor.jobs if isinstance(executor, Processes) else len(calls)
+    waiting, attempts = list(calls), dict.fromkeys(calls, 1)
+    running: dict[Cell, Future] = {}
+    while running or waiting:
+        while waiting and len(running) < most:
+            running[waiting[0]] = executor.submit(train_cell, *calls[waiting[0]])
+            waiting.pop(0)
         for cell in [cell for cell, future in running.items() if future.done()]:
             future = running.pop(cell)
             error = future.exception()
@@ -125,5 +153,5 @@ def _elsewhere(
             else:
                 log.info("%s is begun again where it was: %s", cell.name, type(error).__name__)
                 attempts[cell] += 1
-                running[cell] = executor.submit(train_cell, *calls[cell])
+                waiting.insert(0, cell)
         time.sleep(_POLL)

@@ -7,14 +7,11 @@ from statistics import fmean
 from typing import Any
 
 from snapcore.errors import DataError
-from snapcore.lab.cells import Cell
+from snapcore.lab.cells import COSTLY, Cell
 from snapcore.lab.scores import SHOWN
 from snapcore.verdict import FEWEST, Comparison, compare_paired, ensemble_equivalent, in_words
 
 Results = Mapping[Cell, Mapping[str, Any]]
-
-COSTLY = "independent"
-"""The method that costs M trainings: shown at its true cost, and never called worth it at an equal one."""
 
 TITLES = {"calibrated_nll": "NLL at T", **{name: title for name, title in SHOWN.items() if name != "error"}}
 CALIBRATED = "calibrated_nll"
@@ -23,20 +20,24 @@ _PAIRED = (CALIBRATED, "nll", "rmse", "crps", "error", "brier", "ece")
 """Scores of an ensemble that are compared, the one that decides first."""
 
 
-def summary(results: Results, failed: Mapping[Cell, str], *, least: float = 0.0) -> dict[str, Any]:
+def summary(
+    results: Results, failed: Mapping[Cell, str], *, methods: Sequence[str] = (), least: float = 0.0
+) -> dict[str, Any]:
     """Return what `comparison.json` holds.
 
     Arguments:
         results: of the cells that are done, as `results.json` has them.
         failed: what the others failed of.
+        methods: in the order in which they were asked for; others come after them.
         least: the gain, in the deciding score, under which a method is not worth it.
 
     Raises:
         DataError: methods of unequal budgets, or nothing to compare.
     """
-    methods = list(dict.fromkeys(cell.method for cell in [*results, *failed]))
+    there = dict.fromkeys(cell.method for cell in [*results, *failed])
+    methods = list(dict.fromkeys([*(method for method in methods if method in there), *there]))
     if not results:
-        raise DataError(f"no cell is trained: {'; '.join(failed.values())}")
+        raise DataError(f"no cell is trained: {'; '.join(dict.fromkeys(failed.values()))}")
     _refuse_unequal(results)
     seeds = sorted({cell.seed for cell in [*results, *failed]})
     scores = [name for name in _PAIRED if any(name in each["ensemble"][-1] for each in results.values())]
@@ -113,23 +114,22 @@ def _all_of(values: Sequence[float | None]) -> list[float]:
 def _equivalents(
     methods: Sequence[str], seeds: Sequence[int], results: Results, scores: Sequence[str]
 ) -> dict[str, dict[str, float | None]]:
-    """Return how many independent networks each method is worth; None for more than were trained."""
-    curves = [results[Cell(COSTLY, seed)]["ensemble"] for seed in seeds if Cell(COSTLY, seed) in results]
-    if not curves:
-        return {}
+    """Return how many independent networks each method is worth, on the seeds of both; None for more than all."""
     found: dict[str, dict[str, float | None]] = {}
     for score in [name for name in (CALIBRATED, "nll", "rmse") if name in scores]:
-        by_size = [_all_of([_of(row, score) for row in rows]) for rows in zip(*curves, strict=True)]
-        for method in methods:
-            own = _all_of([_of(results[cell]["ensemble"][-1], score) for cell in results if cell.method == method])
-            if method != COSTLY and own and all(by_size):
+        for method in [method for method in methods if method != COSTLY]:
+            both = [seed for seed in seeds if Cell(COSTLY, seed) in results and Cell(method, seed) in results]
+            curves = [results[Cell(COSTLY, seed)]["ensemble"] for seed in both]
+            by_size = [_all_of([_of(row, score) for row in rows]) for rows in zip(*curves, strict=False)]
+            own = _all_of([_of(results[Cell(method, seed)]["ensemble"][-1], score) for seed in both])
+            if own and by_size and all(by_size):
                 worth = ensemble_equivalent(fmean(own), [fmean(rows) for rows in by_size])
                 found.setdefault(method, {})[score] = worth if math.isfinite(worth) else None
     return found
 
 
 def _verdict(methods: Sequence[str], score: str, table: Mapping[str, Mapping[str, Sequence[Any]]], least: float) -> str:
-    """Return the sentence on the first method that is asked about, beside one cosine run or else the next method."""
+    """Return the sentence on the first method that is asked about, beside one cosine run or else the last one."""
     known = [method for method in methods if method != COSTLY]
     baseline = "cosine" if "cosine" in known else known[-1] if known else ""
     asked = next((method for method in known if method != baseline), None)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from snapcore.ensemble import Predictions, Recipe
-from snapcore.errors import StoreError
+from snapcore.errors import ScheduleError, StoreError
 from snapcore.lab.ours import DIVERSITY, JOB, RECIPE, RESULTS
 from snapcore.lab.scores import SHOWN, cell
 from snapcore.lab.sealed import LARGEST, read_sealed
@@ -27,10 +27,14 @@ def describe_run(directory: Path) -> Iterator[str]:
     """Yield lines about a run: its method, how far it is, its members."""
     store = SnapshotStore(directory)
     if store.program is not None:
-        program = program_from_dict(store.program)
-        updates = counted(program.updates, "update")
-        yield printable(f"{directory}: {program.method}, {updates}, {store.stopped or 'not finished'}")
-        yield printable(f"schedule: {program.schedule}")
+        try:
+            program = program_from_dict(store.program)
+        except ScheduleError as error:  # a shape that only the program that trained it knows
+            yield printable(f"{directory}: {store.stopped or 'not finished'}; its schedule is not known here: {error}")
+        else:
+            updates = counted(program.updates, "update")
+            yield printable(f"{directory}: {program.method}, {updates}, {store.stopped or 'not finished'}")
+            yield printable(f"schedule: {program.schedule}")
     for member in store.members:
         notes = [
             *(["unfinished"] if member.unfinished else []),

@@ -52,8 +52,8 @@ def measure_diversity(
         report: called with each line of text for a person as soon as it is known.
         points: how many weights on each line are scored, both ends among them.
         images: how many test images they are scored on, the first ones; default all.
-        refresh: re-estimate batch statistics at each point, on at most 1,024 training images, the ends too; default
-            they are averaged as the weights are.
+        refresh: re-estimate batch statistics at each point, the ends too, on 1,024 training images or one batch at
+            most; default they are averaged as the weights are.
         data_dir: as for `evaluate`, as the others.
         model: the `package.module:function` that a run may name.
         trust_model: whether to import whatever function a run names.
@@ -66,11 +66,12 @@ def measure_diversity(
         StoreError, DataError: as for `evaluate`, fewer than two finished members, or a run that is not of classes.
     """
     require_classes(directory, "diversity")
-    keep_predictions(directory, "test", data_dir=data_dir, model=model, trust_model=trust_model, device=device)
     store, job = SnapshotStore(directory), load_job(directory)
-    dataset, members = job.dataset(data_dir), finished_members(store)
+    members = finished_members(store)
     if len(members) < 2:
         raise StoreError(f"{directory} has one finished member, and diversity is of two or more: train with --cycles 2")
+    keep_predictions(directory, "test", data_dir=data_dir, model=model, trust_model=trust_model, device=device)
+    dataset = job.dataset(data_dir)
     found = predictions_of(store, job, dataset, device=device)
     weights = [store.load(member.index, verify=False) for member in members]
     results: dict[str, Any] = {

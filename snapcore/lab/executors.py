@@ -45,7 +45,7 @@ class Processes:
     """
 
     def __init__(self, jobs: int) -> None:
-        self._jobs = jobs
+        self.jobs = jobs
         self._pool = self._started()
 
     def submit(self, call: Callable[..., Any], /, *arguments: Any) -> Future:
@@ -61,10 +61,10 @@ class Processes:
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # Frameworks do not survive a fork, and threads that fight for cores take longer than they share them.
         return ProcessPoolExecutor(
-            self._jobs,
+            self.jobs,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_share_threads,
-            initargs=(max(1, usable // self._jobs),),
+            initargs=(max(1, usable // self.jobs),),
         )
 
     def __enter__(self) -> Self:

@@ -196,7 +196,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             cure = "give package.module:function, with the package installed or its folder on PYTHONPATH"
             raise DataError(f"--model {self.model}: {error}; {cure}") from error
         if not callable(function):
-            raise DataError(f"--model {self.model} must name a function of (input_shape, n_classes), got {function!r}")
+            raise DataError(f"--model {self.model} must name a function of (input_shape, n_outputs), got {function!r}")
         return function  # type: ignore[no-any-return]
 
     def save(self, directory: Path) -> None:

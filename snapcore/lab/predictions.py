@@ -127,8 +127,9 @@ def as_predicted(dataset: Dataset, outputs: NDArray[np.float32]) -> NDArray[np.f
     if dataset.kind == "values":
         return wide.reshape(shape).astype(np.float32)
     means, logs = np.split(wide, 2, axis=-1)
-    with np.errstate(over="ignore"):  # what is too large for float32 becomes inf, which `Predictions` refuse
-        return np.stack([means.reshape(shape), np.exp(logs).reshape(shape)], axis=-1).astype(np.float32)
+    limits = np.finfo(np.float32)  # a variance that float32 cannot hold is its smallest or largest number
+    variances = np.exp(np.clip(logs, np.log(limits.tiny), np.log(limits.max)))
+    return np.stack([means.reshape(shape), variances.reshape(shape)], axis=-1).astype(np.float32)
 
 
 def as_predictions(

@@ -29,8 +29,8 @@ def make_soup(
     """Average members' weights, re-estimate the batch statistics, and write a run directory with that one member.
 
     Members with a barrier between them are refused. It is measured on the images that were kept back, and else on
-    training images, at most 1,024, never on test images; batch statistics are re-estimated there on as many training
-    images, and for the mean itself on those of a whole epoch.
+    training images, at most 1,024 or one batch, never on test images; batch statistics are re-estimated there on as
+    many training images, and for the mean itself on those of a whole epoch.
 
     Arguments:
         directory: a run made by `snapcore train`.

@@ -29,4 +29,6 @@ def warn_of_kept_workers(walked: object) -> None:
 
 
 def _draws_once(loader: Any) -> bool:
-    return loader.persistent_workers and loader.generator is None and loader._iterator is None
+    # A subclass whose constructor is still running, or never asked PyTorch's, has none of these.
+    asked = getattr(loader, "persistent_workers", False)
+    return asked and getattr(loader, "generator", loader) is None and getattr(loader, "_iterator", loader) is None

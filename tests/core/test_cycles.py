@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import snapcore.schedule
 from snapcore import CosineCycles, Cycles, CycleWarning, ScheduleError, register_shape, schedule_from_dict
 from snapcore.run import Recorder
 
@@ -107,13 +108,15 @@ def test_the_warning_points_at_the_line_that_made_the_schedule():
     ("shape", "message"),
     [
         ("sine", "shape must be one of cosine, linear, exponential"),
-        (3, "shape must be one of cosine"),
+        (3, "shape must be a name or a function f(u, ops), got 3"),
         (lambda u, ops: u, "shape must fall from 1 at u=0 to 0 at u=1, got 0 and 1"),
         (lambda u, ops: 2 * (1 - u), "got 2 and 0: scale it"),
         (lambda u, ops: abs(1 - 4 * u) if u < 1 else 0.0, "shape must not rise, got a rise after u=[0.25]"),
         (lambda u, ops: 1.0 if u < 1 else 0.0, "shape must come near 0 before u=1, got 1"),
-        (lambda u, ops: math.nan, "shape must give a number, got nan at 0.0"),
-        (lambda u, ops: None, "shape must give a number, got None at 0.0"),
+        (lambda u, ops: math.nan, "shape must give a finite number, got nan at 0.0"),
+        (lambda u, ops: None, "shape must be f(u, ops), over arithmetic and ops, and give a number"),
+        (lambda u: 1 - u, "shape must be f(u, ops), over arithmetic and ops, and give a number"),
+        (lambda u, ops: ops.exp(-u), "shape must be f(u, ops), over arithmetic and ops, and give a number"),
     ],
 )
 def test_what_is_no_decreasing_shape_is_refused(shape, message):
@@ -163,5 +166,18 @@ def test_what_is_no_function_is_not_registered():
 
 def test_a_run_kept_with_a_shape_that_is_not_registered_here_says_so():
     values = {**quiet(lambda: Cycles("linear", 0.1, 64, 2)).to_dict(), "shape": "unheard"}
-    with pytest.raises(ScheduleError, match="register_shape gives yours a name; got 'unheard'"):
+    with pytest.raises(ScheduleError, match="register_shape gives yours a name in this process; got 'unheard'"):
         schedule_from_dict(values)
+
+
+def test_unpickled_where_its_shape_has_no_such_name_it_says_so(monkeypatch):
+    """As in a worker that was started anew."""
+    register_shape("here alone", halved)
+    kept = pickle.dumps(quiet(lambda: Cycles("here alone", 0.1, 64, 2)))
+    monkeypatch.delitem(snapcore.schedule._SHAPES, "here alone")
+    with pytest.raises(ScheduleError, match="register_shape gives yours a name in this process; got 'here alone'"):
+        pickle.loads(kept)(0)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert Cycles(lambda u, ops: np.float32(1 - u), 0.1, 400, 2)(0) == pytest.approx(0.1)

@@ -158,6 +158,7 @@ def test_the_order_does_not_depend_on_the_kind_of_task():
         ("squared-error", np.zeros(2), 2, r"y must have shape \[examples, …, n_classes\] for values, got \(2,\)"),
         ("squared-error", np.array([1, 2]), 1, r"floats for values, got dtype int64: pass y\.astype\(np\.float32\)"),
         ("squared-error", np.array([1.0, np.inf]), 1, r"y must be finite for values, got inf at \[1\]"),
+        ("squared-error", np.array([1e39, 0.0]), 1, r"finite for values, got 1e\+39 at \[0\] \(in float32\)"),
         ("gaussian-nll", np.array([[np.nan, 1.0]]), 2, r"y must be finite for gaussian, got nan at \[0, 0\]"),
         ("gaussian-nll", np.array([1 + 2j]), 1, "y must be floats for gaussian, got dtype complex128"),
     ],

@@ -184,3 +184,13 @@ def test_weights_are_as_far_apart_as_their_vectors():
 
 def test_the_examples_in_the_docstrings_hold():
     assert doctest.testmod(diversity).failed == 0
+
+
+@pytest.mark.parametrize("measure", [correlation, disagreement])
+def test_what_is_ignored_does_not_count(measure):
+    rng = np.random.default_rng(8)
+    p = rng.dirichlet(np.ones(4), size=(3, 50))
+    labels = rng.integers(4, size=50)
+    counts = rng.random(50) < 0.6
+    masked = Predictions.from_probabilities(p, np.where(counts, labels, -100), ignore=-100)
+    np.testing.assert_allclose(measure(masked), measure(p[:, counts]), atol=1e-6)

@@ -77,6 +77,12 @@ def test_the_one_that_is_trained_on_is_not_told_of_though_it_is_wrapped(tmp_path
     quiet(run, Wrapped(Wrapped(DataLoader())))
 
 
+def test_a_loader_whose_constructor_is_still_running_is_left_alone(tmp_path):
+    run, unfinished = Run(tmp_path), object.__new__(DataLoader)
+    quiet(run, Shuffled())
+    assert unfinished is not None
+
+
 def test_without_pytorch_nothing_is_looked_at(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "torch.utils.data")
     run, evaluating = Run(tmp_path), DataLoader()

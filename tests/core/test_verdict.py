@@ -214,3 +214,28 @@ def test_without_scipy_it_says_what_to_install(monkeypatch, lacking, message):
     monkeypatch.delitem(sys.modules, "snapcore.verdict")
     with pytest.raises(ModuleNotFoundError, match=message):
         importlib.import_module("snapcore.verdict")
+
+
+def test_above_twenty_thousand_examples_the_interval_is_students(monkeypatch):
+    random = np.random.default_rng(7)
+    a, b = random.normal(size=(2, 20_001))
+    found = compare_examples(a, b)
+    half = 1.960 * np.std(a - b, ddof=1) / math.sqrt(20_001)
+    assert found.high - found.low == pytest.approx(2 * half, rel=1e-3)
+
+
+def test_a_gain_that_is_sure_but_perhaps_too_small_is_not_decided():
+    found = compare_paired([1.0] * 6, [1.005, 1.015, 1.008, 1.012, 1.006, 1.013])
+    assert found.verdict == "better"
+    said = in_words(found, "a", "b", least=0.0101)
+    assert said.startswith("Not decided")
+    assert "it is there, but 0.0101 is asked for" in said
+
+
+def test_a_loss_that_is_not_sure_is_not_called_worse():
+    """The interval leaves 0 out, the p is 0.0625: with six pairs the ends are interpolated between its steps."""
+    unsure = compare_paired([1.0, 1.0, 1.0, 1.0, 1.0, -0.001], [0.0] * 6)
+    assert (unsure.low > 0, unsure.p, unsure.verdict) == (True, 0.0625, "undecided")
+    said = in_words(unsure, "a", "b", unit="")
+    assert said.startswith("Not decided: a has 0.8332 more calibrated NLL than b")
+    assert "about 7 seeds" in said

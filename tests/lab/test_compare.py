@@ -56,7 +56,8 @@ def scores(directory):
 
 def test_every_method_is_trained_with_every_seed_at_one_budget(undisturbed):
     names = {path.name for path in (undisturbed / "cells").iterdir()}
-    assert names == {f"{method}-seed{seed}" for method in ("cosine", "snapshot") for seed in (0, 1)}
+    cells = [f"{method}-seed{seed}" for method in ("cosine", "snapshot") for seed in (0, 1)]
+    assert names == {*cells, *(f"{cell}.json" for cell in cells)}
     found = scores(undisturbed)
     assert found["seeds"] == [0, 1]
     for method, members in (("cosine", 1), ("snapshot", 3)):
@@ -106,6 +107,51 @@ def test_the_command_shows_a_table_and_ends_in_the_verdict(copied, cli):
     shown = cli(*WORDS, "--output", copied).out.splitlines()
     assert any("NLL at T" in line and "updates" in line for line in shown)
     assert shown[-2].startswith("Not decided: snapshot has ")
+
+
+def test_what_evaluate_writes_into_a_cell_is_not_what_is_compared(copied, cli):
+    before = scores(copied)
+    assert cli("evaluate", copied / "cells" / "snapshot-seed0", "--last", "1").code == 0
+    assert cli(*WORDS, "--output", copied).code == 0
+    assert scores(copied) == before
+
+
+def test_a_cell_that_was_trained_and_not_recorded_is_scored_and_not_trained_again(copied, cli):
+    before, cell = scores(copied), copied / "cells" / "snapshot-seed0"
+    member = (cell / "snapshot-001.safetensors").stat().st_mtime_ns
+    cell.with_name("snapshot-seed0.json").unlink()
+    assert cli(*WORDS, "--output", copied).code == 0
+    assert scores(copied) == before
+    assert (cell / "snapshot-001.safetensors").stat().st_mtime_ns == member
+
+
+def test_data_that_have_changed_are_refused_before_anything_is_trained(cli, here):
+    def keep(shift):
+        x = np.random.default_rng(0).normal(size=(96, 3)).astype(np.float32) + shift
+        np.savez(here / "rows.npz", x_train=x, y_train=x.sum(axis=1), x_test=x[:20], y_test=x[:20].sum(axis=1))
+
+    keep(0.0)
+    words = ("compare", *SHORT, "--data", "rows", "--data-dir", "rows.npz", "--lr", "0.01", "--output", "all")
+    assert cli(*words, "--seeds", "1").code == 0
+    keep(1.0)
+    assert "holds a comparison on other data than rows has now: restore them" in cli(*words, "--seeds", "2").refusal
+    assert not (here / "all" / "cells" / "cosine-seed1").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--backend", "torsh"), "torsh"),
+        (("--data", "nosuch"), "data must be one of digits"),
+        (("--cycles", "100000"), "cycles must be in 1.."),
+        (("--held-out", "1"), "held_out must be a share"),
+    ],
+)
+def test_what_is_known_at_the_start_is_said_once_and_leaves_nothing_behind(cli, here, words, said):
+    refused = cli("compare", "--model", "mlp", "--seeds", "3", *words, "--output", "new")
+    assert refused.code == 1
+    assert refused.refusal.count(said) == 1
+    assert not (here / "new").exists()
 
 
 # Elsewhere, and killed
@@ -185,6 +231,7 @@ class Dying:
 
 def test_a_cell_whose_workers_all_die_is_said_and_the_others_are_compared(copied):
     shutil.rmtree(copied / "cells" / "snapshot-seed1")
+    (copied / "cells" / "snapshot-seed1.json").unlink()
     executor = Dying()
     found = compare(PLAN, copied, executor=executor)
     assert executor.calls == 3
@@ -214,6 +261,22 @@ def test_a_cell_that_fails_ends_the_command_with_an_error(cli, monkeypatch):
 
 def results(updates=60, **last):
     return {"updates": updates, "ensemble": [{"m": 1, "error": 5.0, "nll": 0.2, "brier": 0.1, "ece": 0.01, **last}]}
+
+
+def test_methods_come_in_the_order_in_which_they_were_asked_for_whatever_has_failed():
+    cells = {Cell("snapshot", seed): results(nll=0.2 + seed / 100) for seed in (0, 1)}
+    cells |= {Cell("mine", seed): results() for seed in (0, 1)} | {Cell("star", 1): results()}
+    found = summary(cells, {Cell("star", 0): "full"}, methods=("star", "snapshot"))
+    assert list(found["methods"]) == ["star", "snapshot", "mine"]
+    assert found["failed"] == {"star-seed0": "full"}
+
+
+def test_the_equivalent_is_of_the_seeds_that_both_have():
+    curve = [{"m": m, "error": 5.0, "nll": nll} for m, nll in ((1, 0.4), (2, 0.3))]
+    cells = {Cell("independent", 0): {"updates": 120, "ensemble": curve}}
+    cells |= {Cell("independent", 2): {"updates": 60, "ensemble": curve[:1]}}
+    cells |= {Cell("snapshot", 0): results(nll=0.35), Cell("snapshot", 1): results(nll=9.0)}
+    assert summary(cells, {})["equivalent"] == {"snapshot": {"nll": pytest.approx(1.5)}}
 
 
 def test_methods_of_unequal_budgets_are_named():
@@ -327,6 +390,17 @@ def test_runs_of_a_loop_of_ones_own_are_compared_by_their_predictions(copied, cl
     assert cli(*WORDS, "--output", copied, *added(mine)).code == 0
     rows = scores(copied)["methods"]
     assert rows["mine"] == rows["snapshot"]
+
+
+def test_of_two_runs_of_one_name_neither_is_taken(copied, cli, mine):
+    other = shutil.copytree(mine[0], copied.parent / "other" / "mine-seed0")
+    refused = cli(*WORDS, "--output", copied, *added([mine[0], other]))
+    assert "mine-seed0 would be there twice" in refused.refusal
+
+
+def test_what_cannot_be_calibrated_is_not_compared_with_what_is(copied, cli, mine):
+    (mine[0] / "predictions" / "held-out.safetensors").unlink()
+    assert "held-out.safetensors does not exist" in cli(*WORDS, "--output", copied, *added(mine)).refusal
 
 
 def test_what_is_added_at_another_budget_is_named(copied, cli, mine):

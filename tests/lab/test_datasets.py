@@ -232,7 +232,7 @@ def test_damaged_idx_file_is_named_with_what_is_wrong(tmp_path, content, message
 @pytest.mark.parametrize(("name", "part"), [(IDX[1], "training"), (IDX[3], "test")])
 def test_images_and_labels_must_be_equally_many(tmp_path, name, part):
     write_idx(tmp_path, replace={name: idx_bytes(np.zeros(5, np.uint8))})
-    with pytest.raises(DataError, match=rf"{part} .*one label per image, got \d images and 5 labels"):
+    with pytest.raises(DataError, match=rf"{part} .*one label per example, got \d examples and 5 labels"):
         load_data("mnist", tmp_path)
 
 
@@ -518,5 +518,20 @@ def test_train_limit_does_not_change_the_number_of_classes(tmp_path):
 
 @pytest.mark.parametrize("limit", [-1, 0, 8])
 def test_train_limit_outside_the_set_is_refused(tmp_path, limit):
-    with pytest.raises(DataError, match=rf"train_limit must be in 1\.\.7, the training images, got {limit}"):
+    with pytest.raises(DataError, match=rf"train_limit must be in 1\.\.7, the training examples, got {limit}"):
         load_data("mine", write_npz(tmp_path / "a.npz"), train_limit=limit)
+
+
+def test_one_hot_labels_are_not_taken_for_several_labels(tmp_path):
+    y = np.eye(3, dtype=int)[np.arange(30) % 3]
+    x = np.random.default_rng(0).random((30, 2))
+    np.savez(tmp_path / "rows.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    with pytest.raises(DataError, match=r"labels look one-hot, one 1 in each row: give class numbers, y\.argmax\(1\)"):
+        load_data("rows", tmp_path / "rows.npz")
+
+
+def test_an_archive_without_labels_is_refused(tmp_path):
+    x = np.ones((4, 2))
+    np.savez(tmp_path / "rows.npz", x_train=x, y_train=np.ones((0, 3), int), x_test=x, y_test=np.ones((4, 3), int))
+    with pytest.raises(DataError, match=r"labels must be there, got shape \[0, 3\]"):
+        load_data("rows", tmp_path / "rows.npz")

@@ -159,13 +159,8 @@ def test_no_run_and_nobodys_file_is_replaced(cli, here, finished):
 
 @pytest.mark.parametrize("words", [("soup", "--output", "new"), ("diversity",)], ids=["soup", "diversity"])
 def test_a_run_of_another_task_is_refused_before_anything_is_run(cli, here, words):
-    np.savez(
-        here / "rows.npz",
-        x_train=np.ones((64, 2)),
-        y_train=np.linspace(0, 1, 64),
-        x_test=np.ones((9, 2)),
-        y_test=np.ones(9),
-    )
+    x = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
+    np.savez(here / "rows.npz", x_train=x, y_train=x.sum(axis=1), x_test=x[:9], y_test=x[:9].sum(axis=1))
     trained = (
         "--data",
         "rows",

@@ -130,10 +130,10 @@ def load_data(
     y_train, y_test = as_targets(arrays, LOSSES[loss], where)
     n = len(y_train) if train_limit is None else train_limit
     if not 1 <= n <= len(y_train):
-        raise DataError(f"train_limit must be in 1..{len(y_train)}, the training images, got {n}")
+        raise DataError(f"train_limit must be in 1..{len(y_train)}, the training examples, got {n}")
     kinds = [f"{x.dtype} {list(x.shape[1:])}" for x in (x_train, x_test)]
     if kinds[0] != kinds[1]:
-        alike = "training and test images must have one type and shape"
+        alike = "training and test inputs must have one type and shape"
         raise DataError(f"{where}: {alike}, got {' and '.join(kinds)}: convert them alike")
     n_classes = count_outputs(LOSSES[loss], y_train, y_test, arrays.ignore)
     x_train, y_train = x_train[:n], y_train[:n]

@@ -30,16 +30,23 @@ def loss_of(arrays: Arrays, loss: str | None, where: str) -> str:
     if arrays.loss is not None:
         return arrays.loss
     labels = arrays.y_train
+    if not labels.size:
+        raise DataError(f"{where}: labels must be there, got shape {list(labels.shape)}: complete it")
     if labels.dtype.kind == "f":
         return "squared-error"
     if labels.ndim == 2 and labels.shape[1] > 1 and labels.dtype.kind in "biu":
         if labels.min() >= 0 and labels.max() <= 1:
+            if (labels.sum(axis=1) == 1).all():
+                raise DataError(
+                    f"{where}: labels look one-hot, one 1 in each row: give class numbers, y.argmax(1), or pass --loss "
+                    "binary-cross-entropy if they are several labels"
+                )
             return "binary-cross-entropy"
         raise DataError(
             f"{where}: labels that are integers [n, labels] must be 0 or 1, got {labels.min()}..{labels.max()}: pass "
             "--loss squared-error if they are values"
         )
-    if labels.ndim == 1 and labels.dtype.kind in "iu" and labels.size:
+    if labels.ndim == 1 and labels.dtype.kind in "iu":
         _refuse_gaps(labels, arrays.y_test, where)
     return "cross-entropy"
 
@@ -68,8 +75,8 @@ def as_targets(arrays: Arrays, kind: str, where: str) -> tuple[NDArray[Any], NDA
         labels = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
         found.append(_CHECKS[kind](labels, arrays, what))
         if len(labels) != len(x):
-            count = f"{len(x)} images and {len(labels)} labels"
-            raise DataError(f"{what} part must have one label per image, got {count}: complete it")
+            count = f"{len(x)} examples and {len(labels)} labels"
+            raise DataError(f"{what} part must have one label per example, got {count}: complete it")
     if found[0].shape[1:] != found[1].shape[1:]:
         shapes = " and ".join(str(list(labels.shape)) for labels in found)
         raise DataError(f"{where}: training and test labels must have one shape, got {shapes}: convert them alike")
@@ -80,7 +87,7 @@ def _classes(labels: NDArray[Any], arrays: Arrays, what: str) -> NDArray[np.int6
     dense = arrays.ignore is not None  # such data have one of our own readers
     if labels.dtype.kind not in "iu" or (labels.ndim != 1 and not dense):
         got = f"got {labels.dtype} {list(labels.shape)}"
-        raise DataError(f"{what} labels must be integers [n] or [n, 1], {got}: give one class number per image")
+        raise DataError(f"{what} labels must be integers [n] or [n, 1], {got}: give one class number per example")
     labels = labels.astype(np.int64)
     if labels.size and labels.min() < 0:
         raise DataError(f"{what} labels must be 0 or more, got {labels.min()}: number the classes from 0")
@@ -142,7 +149,7 @@ def held_out_rows(labels: NDArray[Any], share: float, seed: int, where: str, *, 
     else:
         kept_back[np.random.default_rng([seed, 0]).permutation(len(labels))[: round(share * len(labels))]] = True
     if share and not kept_back.any():
-        raise DataError(f"{where}: held_out={share} keeps none of {len(labels)} images back: raise it")
+        raise DataError(f"{where}: held_out={share} keeps none of {len(labels)} examples back: raise it")
     if kept_back.all():
-        raise DataError(f"{where}: held_out={share} leaves no image to train on: lower it")
+        raise DataError(f"{where}: held_out={share} leaves no example to train on: lower it")
     return kept_back
