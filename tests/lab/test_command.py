@@ -14,7 +14,19 @@ from snapcore.lab.cli import app
 from snapcore.store import SnapshotStore
 
 SHORT = ("--epochs", "3", "--cycles", "3")
-COMMANDS = ("train", "evaluate", "predict", "select", "compare", "inspect", "verify", "schedule", "backends")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "predict",
+    "select",
+    "compare",
+    "inspect",
+    "verify",
+    "schedule",
+    "backends",
+    "diversity",
+    "soup",
+)
 
 HIDE = """
 import sys
