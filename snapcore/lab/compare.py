@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from snapcore.backend import available_backends
+from snapcore.ensemble import FEW
 from snapcore.errors import DataError, SnapcoreError, StoreError
 from snapcore.lab.added import added_results
 from snapcore.lab.backends import start_backend
@@ -63,6 +64,13 @@ def compare(
     refuse_foreign(directory, [COMPARISON])
     dataset = plan.job.dataset()
     plan = _of_this_data(plan, dataset)
+    few = len(dataset.y_held_out) < FEW
+    if few and plan.job.held_out and dataset.kind in ("classes", "labels") and not dataset.positions:
+        log.warning(
+            "%d examples are held out: under %d one method may be calibrated and another not; raise --held-out",
+            len(dataset.y_held_out),
+            FEW,
+        )
     others = added_results(add, plan.job, dataset)
     _refuse_double(others, plan)
     jobs = {cell: plan.job_of(cell) for cell in plan}

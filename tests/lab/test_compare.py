@@ -81,6 +81,15 @@ def test_pairs_are_those_of_the_verdict_by_seed(undisturbed):
     assert found["verdict"].startswith("Not decided: snapshot has ")
 
 
+@pytest.mark.parametrize(("share", "said"), [("0.1", True), ("0.4", False)])
+def test_a_part_held_out_that_is_too_small_to_calibrate_on_is_told_of_at_the_start(
+    cli, caplog, monkeypatch, share, said
+):
+    monkeypatch.setattr(module, "train_cell", lambda *arguments: {"updates": 60, "ensemble": [{"m": 1, "nll": 0.2}]})
+    assert cli(*WORDS, "--held-out", share, "--output", "all").code == 0
+    assert any("137 examples are held out: under 500" in each.getMessage() for each in caplog.records) is said
+
+
 def test_a_second_time_nothing_is_trained(copied, cli, monkeypatch):
     monkeypatch.setattr(module, "train_cell", None)
     again = cli(*WORDS, "--output", copied)

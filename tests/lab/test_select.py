@@ -235,8 +235,8 @@ def test_the_seed_decides_which_images_are_kept_back():
     [
         (1.0, r"held_out must be a share in 0\.\.1, 1 excluded, got 1\.0"),
         (-0.1, "got -0.1"),
-        (0.0001, "keeps none of 1347 images back: raise it"),
-        (0.9999, "leaves no image to train on: lower it"),
+        (0.0001, "keeps none of 1347 examples back: raise it"),
+        (0.9999, "leaves no example to train on: lower it"),
     ],
 )
 def test_a_share_that_leaves_nothing_is_refused(share, message):
