@@ -535,3 +535,33 @@ def test_an_archive_without_labels_is_refused(tmp_path):
     np.savez(tmp_path / "rows.npz", x_train=x, y_train=np.ones((0, 3), int), x_test=x, y_test=np.ones((4, 3), int))
     with pytest.raises(DataError, match=r"labels must be there, got shape \[0, 3\]"):
         load_data("rows", tmp_path / "rows.npz")
+
+
+def dense_archive(path, **more):
+    """Images whose bright pixels are class 1, with a border that does not count."""
+    x = np.random.default_rng(0).integers(0, 256, size=(40, 6, 6), dtype=np.uint8)
+    y = (x > 127).astype(np.int64)
+    y[:, 0] = -100
+    np.savez(path, x_train=x[:30], y_train=y[:30], x_test=x[30:], y_test=y[30:], **more)
+    return path
+
+
+def test_an_archive_may_have_a_class_for_every_pixel_and_a_number_that_does_not_count(tmp_path):
+    found = load_data("mine", dense_archive(tmp_path / "a.npz", ignore=np.array(-100)), held_out=0.2)
+    assert (found.kind, found.ignore, found.n_classes) == ("classes", -100, 2)
+    assert (found.y_train.shape, found.y_held_out.shape, found.y_test.shape) == ((24, 6, 6), (6, 6, 6), (10, 6, 6))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({}, "labels must be 0 or more, got -100: number the classes from 0, and let the archive's ignore be"),
+        ({"ignore": np.array(0.5)}, "ignore must be one class number, got float64 []"),
+        ({"ignore": np.array([1, 2])}, "ignore must be one class number, got int64 [2]"),
+    ],
+    ids=["none", "a float", "two"],
+)
+def test_a_number_that_does_not_count_must_be_one_and_named(tmp_path, more, message):
+    with pytest.raises(DataError) as refused:
+        load_data("mine", dense_archive(tmp_path / "a.npz", **more))
+    assert message in str(refused.value)

@@ -169,7 +169,7 @@ def test_the_labels_type_or_the_loss_says_what_kind_of_task_it_is(y, loss, kind,
 COUNTS = rng.poisson(4, 400) * 2 + 1
 REFUSED = {
     "counts": (COUNTS, None, "pass --loss cross-entropy if they are classes, or squared-error if they are counts"),
-    "a matrix of counts": (np.stack([COUNTS, COUNTS], 1), None, "pass --loss squared-error if they are values"),
+    "a matrix of counts": (np.stack([COUNTS, COUNTS], 1), None, "for a class at every position, or squared-error for values"),
     "a loss that is none": (COUNTS, "hinge", "loss must be one of cross-entropy, .*, got 'hinge'"),
     "floats as classes": (SIGNAL[:, 0], "cross-entropy", "training labels must be integers"),
     "values as labels": (SIGNAL, "binary-cross-entropy", "training labels must be 0 or 1"),
@@ -335,3 +335,33 @@ def test_the_uncertainty_is_ranked_beside_the_spread_between_people(cli, here):
     line = f"rank correlation of the uncertainty with the spread between people: total {found['total']:.3f}, "
     assert line in done.out
     assert line in cli("evaluate", "run").out
+
+
+def test_a_class_for_every_pixel_of_ones_own_leads_to_scores_and_a_recipe(cli, here):
+    """Bright pixels are class 1: a network that sees each pixel learns it, and the border does not count."""
+    x = np.random.default_rng(0).integers(0, 256, size=(200, 6, 6), dtype=np.uint8)
+    y = (x > 127).astype(np.int64)
+    y[:, 0] = -100
+    np.savez(here / "mine.npz", x_train=x[:160], y_train=y[:160], x_test=x[160:], y_test=y[160:], ignore=np.array(-100))
+    words = (
+        "--data",
+        "mine",
+        "--data-dir",
+        "mine.npz",
+        "--model",
+        "fcn",
+        "--epochs",
+        "6",
+        "--cycles",
+        "2",
+        "--lr",
+        "0.05",
+    )
+    trained = cli(
+        "train", "--backend", "torch", *words, "--batch-size", "16", "--held-out", "0.25", "--recipe", "--output", "run"
+    )
+    assert trained.code == 0, trained.err
+    results = json.loads((here / "run" / "results.json").read_text())
+    assert results["ensemble"][-1]["error"] < 10
+    assert (here / "run" / "recipe.json").exists()
+    assert cli("evaluate", "run").code == 0

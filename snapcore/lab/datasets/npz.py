@@ -46,11 +46,19 @@ def read_npz(path: Path) -> Arrays:
                 for layout in _LAYOUTS:
                     if set(held) >= set(layout):
                         x, y, x_test, y_test = (_read(path, archive, f"{key}.npy", size) for key in layout)
-                        return Arrays(x, y, x_test, y_test)
+                        ignore = _read(path, archive, "ignore.npy", size) if "ignore" in held else None
+                        return Arrays(x, y, x_test, y_test, ignore=None if ignore is None else _number(path, ignore))
     except _UNREADABLE as error:
         raise DataError(f"{path} must be a .npz file of plain arrays: {error}: save it again as one") from error
     wanted, got = ", or ".join(" ".join(layout) for layout in _LAYOUTS), " ".join(held[:_SHOWN]) or "none"
     raise DataError(f"{path} must be a .npz file with {wanted}; got {got}: rename its arrays")
+
+
+def _number(path: Path, ignore: NDArray[Any]) -> int:
+    """Return the class number of what does not count."""
+    if ignore.size != 1 or ignore.dtype.kind not in "iu":
+        raise DataError(f"{path}: ignore must be one class number, got {ignore.dtype} {list(ignore.shape)}")
+    return int(ignore.reshape(()))
 
 
 def _read(path: Path, archive: zipfile.ZipFile, name: str, size: int) -> NDArray[Any]:

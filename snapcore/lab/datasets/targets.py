@@ -36,7 +36,7 @@ def loss_of(arrays: Arrays, loss: str | None, where: str) -> str:
         return "squared-error"
     if labels.ndim == 2 and labels.shape[1] > 1 and labels.dtype.kind in "biu":
         if labels.min() >= 0 and labels.max() <= 1:
-            if (labels.sum(axis=1) == 1).all():
+            if _is_one_hot(labels):
                 raise DataError(
                     f"{where}: labels look one-hot, one 1 in each row: give class numbers, y.argmax(1), or pass --loss "
                     "binary-cross-entropy if they are several labels"
@@ -44,7 +44,7 @@ def loss_of(arrays: Arrays, loss: str | None, where: str) -> str:
             return "binary-cross-entropy"
         raise DataError(
             f"{where}: labels that are integers [n, labels] must be 0 or 1, got {labels.min()}..{labels.max()}: pass "
-            "--loss squared-error if they are values"
+            "--loss cross-entropy for a class at every position, or squared-error for values"
         )
     if labels.ndim == 1 and labels.dtype.kind in "iu":
         _refuse_gaps(labels, arrays.y_test, where)
@@ -84,14 +84,22 @@ def as_targets(arrays: Arrays, kind: str, where: str) -> tuple[NDArray[Any], NDA
 
 
 def _classes(labels: NDArray[Any], arrays: Arrays, what: str) -> NDArray[np.int64]:
-    dense = arrays.ignore is not None  # such data have one of our own readers
-    if labels.dtype.kind not in "iu" or (labels.ndim != 1 and not dense):
+    if labels.dtype.kind not in "iu" or not labels.ndim:
         got = f"got {labels.dtype} {list(labels.shape)}"
-        raise DataError(f"{what} labels must be integers [n] or [n, 1], {got}: give one class number per example")
+        raise DataError(f"{what} labels must be integers [n] or [n, …], {got}: give one class number per position")
+    if _is_one_hot(labels):
+        raise DataError(f"{what} labels look one-hot, one 1 in each row: give class numbers, y.argmax(1)")
     labels = labels.astype(np.int64)
-    if labels.size and labels.min() < 0:
-        raise DataError(f"{what} labels must be 0 or more, got {labels.min()}: number the classes from 0")
+    counted = labels if arrays.ignore is None else labels[labels != arrays.ignore]
+    if counted.size and counted.min() < 0:
+        cure = "number the classes from 0, and let the archive's ignore be the number of what does not count"
+        raise DataError(f"{what} labels must be 0 or more, got {counted.min()}: {cure}")
     return labels
+
+
+def _is_one_hot(labels: NDArray[Any]) -> bool:
+    rows = labels.ndim == 2 and labels.shape[1] > 1 and bool(labels.size)
+    return rows and labels.min() >= 0 and labels.max() <= 1 and bool((labels.sum(axis=1) == 1).all())
 
 
 def _labels(labels: NDArray[Any], arrays: Arrays, what: str) -> NDArray[np.int64]:  # noqa: ARG001
