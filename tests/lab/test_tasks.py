@@ -169,7 +169,11 @@ def test_the_labels_type_or_the_loss_says_what_kind_of_task_it_is(y, loss, kind,
 COUNTS = rng.poisson(4, 400) * 2 + 1
 REFUSED = {
     "counts": (COUNTS, None, "pass --loss cross-entropy if they are classes, or squared-error if they are counts"),
-    "a matrix of counts": (np.stack([COUNTS, COUNTS], 1), None, "for a class at every position, or squared-error for values"),
+    "a matrix of counts": (
+        np.stack([COUNTS, COUNTS], 1),
+        None,
+        "for a class at every position, or squared-error for values",
+    ),
     "a loss that is none": (COUNTS, "hinge", "loss must be one of cross-entropy, .*, got 'hinge'"),
     "floats as classes": (SIGNAL[:, 0], "cross-entropy", "training labels must be integers"),
     "values as labels": (SIGNAL, "binary-cross-entropy", "training labels must be 0 or 1"),
