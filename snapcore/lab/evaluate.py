@@ -1,6 +1,7 @@
 """Score the ensembles of one run, or of several together; and choose, weight and calibrate the members of one."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -99,6 +100,9 @@ def evaluate(
             held_out.append(predictions_of(store, job, dataset, "held-out", members=chosen, device=device))
     test = _together(first, tested)
     curve = prefix_curve(test)
+    if first.positions:
+        for row in curve:
+            row["perplexity"] = math.exp(row["nll"])
     answers = [dataset.y_held_out for dataset in datasets]
     if len(held_out) == len(tested) and all(np.array_equal(each, answers[0]) for each in answers):
         calibrate(curve, _together(first, held_out), test)

@@ -2,7 +2,15 @@
 
 from collections.abc import Mapping
 
-SHOWN = {"error": "error", "rmse": "RMSE", "nll": "NLL", "crps": "CRPS", "brier": "Brier", "ece": "ECE"}
+SHOWN = {
+    "error": "error",
+    "rmse": "RMSE",
+    "nll": "NLL",
+    "perplexity": "perplexity",
+    "crps": "CRPS",
+    "brier": "Brier",
+    "ece": "ECE",
+}
 """Scores of all kinds of task, in the order of a table's columns, and their titles."""
 
 _LINE = ("error", "rmse", "nll", "crps")

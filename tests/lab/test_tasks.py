@@ -369,3 +369,38 @@ def test_a_class_for_every_pixel_of_ones_own_leads_to_scores_and_a_recipe(cli, h
     assert results["ensemble"][-1]["error"] < 10
     assert (here / "run" / "recipe.json").exists()
     assert cli("evaluate", "run").code == 0
+
+
+TOKENS = """
+from torch import nn
+
+class Tagger(nn.Module):
+    \"\"\"A class for each token, by itself.\"\"\"
+
+    def __init__(self, input_shape, n_outputs):
+        super().__init__()
+        assert input_shape == (7,)
+        self.embedded, self.told = nn.Embedding(12, 16), nn.Linear(16, n_outputs)
+
+    def forward(self, tokens):
+        return self.told(self.embedded(tokens))
+"""
+
+
+def test_tokens_with_a_mask_lead_to_perplexity_and_a_recipe(cli, here, monkeypatch):
+    """The class of a token is its remainder by 3, and four of ten positions of the last are padding."""
+    (here / "tagging.py").write_text(TOKENS)
+    monkeypatch.syspath_prepend(here)
+    x = np.random.default_rng(0).integers(0, 12, size=(300, 7))
+    y = np.where(np.arange(7) < 4, x % 3, -100)
+    np.savez(here / "mine.npz", x_train=x[:240], y_train=y[:240], x_test=x[240:], y_test=y[240:], ignore=np.array(-100))
+    words = ("--data", "mine", "--data-dir", "mine.npz", "--model", "tagging:Tagger", "--epochs", "8", "--cycles", "2")
+    more = ("--batch-size", "16", "--lr", "0.5", "--held-out", "0.25", "--recipe", "--output", "run")
+    trained = cli("train", "--backend", "torch", *words, *more)
+    assert trained.code == 0, trained.err
+    assert "perplexity" in trained.out
+    last = json.loads((here / "run" / "results.json").read_text())["ensemble"][-1]
+    assert last["error"] == 0
+    assert last["perplexity"] == pytest.approx(np.exp(last["nll"]))
+    kept = Predictions.open(here / "run" / "predictions" / "test.safetensors")
+    assert (kept.shape, kept.ignore, kept.rows) == ((2, 60, 7, 3), -100, 240)

@@ -17,7 +17,7 @@ from snapcore.errors import DataError
 from snapcore.lab.datasets.dense import read_dense_digits
 from snapcore.lab.datasets.digits import read_digits
 from snapcore.lab.datasets.idx import read_idx, spellings
-from snapcore.lab.datasets.images import as_inputs, as_pixels, digest, standardise
+from snapcore.lab.datasets.images import are_tokens, as_inputs, as_pixels, digest, standardise
 from snapcore.lab.datasets.npz import read_npz
 from snapcore.lab.datasets.randhie import read_randhie
 from snapcore.lab.datasets.targets import as_targets, count_outputs, held_out_rows, loss_of
@@ -47,24 +47,24 @@ class Dataset:
     """Hold a task, split and standardised: x = (x - mean) / std.
 
     `x_train`, `x_test` and `x_held_out`, which may be empty, are float32, C-contiguous: images [n, channels, height,
-    width], or vectors [n, features]. Their labels are for classes int64 [n], or [n, height, width] with one for each
-    pixel, in 0..n_classes - 1 or `ignore`; for labels int64 [n, n_classes] of 0 and 1; for values and gaussian float32
-    [n], or [n, n_classes] where there are several. `mean` and `std` come from the training part alone: of all pixels (a
-    pixel stored as an integer counts as value / 255), or of each feature, [features]. `sha256` is the digest of what is
-    stored. `loss` names what to train with, and with it the `kind` of task. `spread` is how far apart people were on
-    each example of the test part, [n], where that is known.
+    width], or vectors [n, features]; or int64 tokens [n, length], as they are stored. Their labels are for classes
+    int64 [n], or one for each pixel or token, in 0..n_classes - 1 or `ignore`; for labels int64 [n, n_classes] of 0 and
+    1; for values and gaussian float32 [n], or [n, n_classes] where there are several. `mean` and `std` come from the
+    training part alone: of all pixels (a pixel stored as an integer counts as value / 255), or of each feature,
+    [features]. `sha256` is the digest of what is stored. `loss` names what to train with, and with it the `kind` of
+    task. `spread` is how far apart people were on each example of the test part, [n], where that is known.
     """
 
     name: str
-    x_train: NDArray[np.float32]
+    x_train: NDArray[Any]
     y_train: NDArray[Any]
-    x_test: NDArray[np.float32]
+    x_test: NDArray[Any]
     y_test: NDArray[Any]
     n_classes: int
     mean: float | NDArray[np.float64]
     std: float | NDArray[np.float64]
     sha256: str
-    x_held_out: NDArray[np.float32]
+    x_held_out: NDArray[Any]
     y_held_out: NDArray[Any]
     loss: str = "cross-entropy"
     ignore: int | None = None
@@ -125,7 +125,8 @@ def load_data(
     """
     arrays = _read(name, directory)
     where = name if directory is None else f"{name} in {directory}"
-    x_train, x_test = as_inputs(arrays.x_train, f"{where}: training"), as_inputs(arrays.x_test, f"{where}: test")
+    x_train = as_inputs(arrays.x_train, arrays.y_train, f"{where}: training")
+    x_test = as_inputs(arrays.x_test, arrays.y_test, f"{where}: test")
     loss = loss_of(arrays, loss, where)
     y_train, y_test = as_targets(arrays, LOSSES[loss], where)
     n = len(y_train) if train_limit is None else train_limit
@@ -144,9 +145,16 @@ def load_data(
     x_train, x_held_out, y_train, y_held_out = (
         part for array in (x_train, y_train) for part in (array[~kept_back], array[kept_back])
     )
-    pixels = [as_pixels(x, where) for x in (x_train, x_test)]
-    others = as_pixels(x_held_out, where) if len(x_held_out) else np.empty((0, *pixels[0].shape[1:]), np.float32)
-    x_train, (x_test, x_held_out), mean, std = standardise(pixels[0], (pixels[1], others), where, alike=arrays.alike)
+    mean: Any = 0.0
+    std: Any = 1.0
+    if are_tokens(arrays.x_train, arrays.y_train):
+        x_train, x_test, x_held_out = (np.ascontiguousarray(x, np.int64) for x in (x_train, x_test, x_held_out))
+    else:
+        pixels = [as_pixels(x, where) for x in (x_train, x_test)]
+        others = as_pixels(x_held_out, where) if len(x_held_out) else np.empty((0, *pixels[0].shape[1:]), np.float32)
+        x_train, (x_test, x_held_out), mean, std = standardise(
+            pixels[0], (pixels[1], others), where, alike=arrays.alike
+        )
     facts = (n_classes, mean, std, sha256, x_held_out, y_held_out, loss, arrays.ignore, arrays.spread)
     return Dataset(name, x_train, y_train, x_test, y_test, *facts)
 

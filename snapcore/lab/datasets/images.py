@@ -18,13 +18,25 @@ if TYPE_CHECKING:
     Scale = float | NDArray[np.float64]
 
 
-def as_inputs(x: NDArray[Any], what: str) -> NDArray[Any]:
-    """Return vectors [n, features] as they are, and images as a view [n, channels, height, width].
+def as_inputs(x: NDArray[Any], y: NDArray[Any], what: str) -> NDArray[Any]:
+    """Return vectors [n, features] and tokens [n, length] as they are, images as a view [n, channels, height, width].
 
     Raises:
-        DataError: they are neither.
+        DataError: they are none of these.
     """
+    if are_tokens(x, y) and x.size:
+        if x.min() < 0:
+            raise DataError(f"{what} tokens must be 0 or more, got {x.min()}: number them from 0")
+        return x
     return x if x.ndim == 2 and x.dtype.kind == "f" and x.size else as_channels_first(x, what)
+
+
+def are_tokens(x: NDArray[Any], y: NDArray[Any]) -> bool:
+    """Return whether inputs are integers [n, length] with a class for each: numbers of words or characters.
+
+    Integers with one class for all of a row may be images that were made flat.
+    """
+    return x.ndim == 2 and x.dtype.kind in "iu" and y.dtype.kind in "iu" and x.shape == y.shape
 
 
 def as_channels_first(images: NDArray[Any], what: str) -> NDArray[Any]:

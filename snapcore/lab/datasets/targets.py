@@ -8,6 +8,7 @@ import numpy as np
 
 from snapcore.data import LOSSES
 from snapcore.errors import DataError
+from snapcore.lab.datasets.images import are_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +35,7 @@ def loss_of(arrays: Arrays, loss: str | None, where: str) -> str:
         raise DataError(f"{where}: labels must be there, got shape {list(labels.shape)}: complete it")
     if labels.dtype.kind == "f":
         return "squared-error"
-    if labels.ndim == 2 and labels.shape[1] > 1 and labels.dtype.kind in "biu":
+    if labels.ndim == 2 and labels.shape[1] > 1 and labels.dtype.kind in "biu" and not _are_of_tokens(arrays):
         if labels.min() >= 0 and labels.max() <= 1:
             if _is_one_hot(labels):
                 raise DataError(
@@ -87,7 +88,7 @@ def _classes(labels: NDArray[Any], arrays: Arrays, what: str) -> NDArray[np.int6
     if labels.dtype.kind not in "iu" or not labels.ndim:
         got = f"got {labels.dtype} {list(labels.shape)}"
         raise DataError(f"{what} labels must be integers [n] or [n, …], {got}: give one class number per position")
-    if _is_one_hot(labels):
+    if _is_one_hot(labels) and not _are_of_tokens(arrays):
         raise DataError(f"{what} labels look one-hot, one 1 in each row: give class numbers, y.argmax(1)")
     labels = labels.astype(np.int64)
     counted = labels if arrays.ignore is None else labels[labels != arrays.ignore]
@@ -95,6 +96,10 @@ def _classes(labels: NDArray[Any], arrays: Arrays, what: str) -> NDArray[np.int6
         cure = "number the classes from 0, and let the archive's ignore be the number of what does not count"
         raise DataError(f"{what} labels must be 0 or more, got {counted.min()}: {cure}")
     return labels
+
+
+def _are_of_tokens(arrays: Arrays) -> bool:
+    return are_tokens(arrays.x_train, arrays.y_train)
 
 
 def _is_one_hot(labels: NDArray[Any]) -> bool:
