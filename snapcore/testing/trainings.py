@@ -170,7 +170,8 @@ class Trainings:
         def act(done: int, subject: Any) -> None:  # noqa: ARG001
             if done == update:
                 self._wait(directory, point)
-                shutil.copytree(directory, left)
+                # What is being written now may have another name before it is copied.
+                shutil.copytree(directory, left, ignore=shutil.ignore_patterns(".tmp*"))
                 raise Stopped
 
         with suppress(Stopped):
