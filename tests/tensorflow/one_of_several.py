@@ -9,6 +9,8 @@ import json
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
@@ -54,4 +56,15 @@ state = execute(
 weights = TensorFlowBackend().capture(state).resolve()
 digest = hashlib.sha256(b"".join(weights[name].tobytes() for name in sorted(weights)))
 said = {"digest": digest.hexdigest(), "updates": int(state.optimizer.iterations.numpy())}
-print(json.dumps(said if group is None else {**said, "heard": group.gather({"längere": "Wörter" * (1 + group.rank)})}))
+if group is not None:
+    said["heard"] = group.gather({"längere": "Wörter" * (1 + group.rank)})
+    # A worker that ends closes its connections, and another may still be fetching what was gathered.
+    cluster = json.loads(os.environ["TF_CONFIG"])["cluster"]
+    port = cluster.get("chief", cluster["worker"])[0].rpartition(":")[2]
+    ended = Path(directory).with_name("log") / f"ended {port}"
+    ended.mkdir(exist_ok=True)
+    (ended / str(group.rank)).touch()
+    latest = time.monotonic() + 30
+    while len(list(ended.iterdir())) < group.size and time.monotonic() < latest:
+        time.sleep(0.01)
+print(json.dumps(said))
